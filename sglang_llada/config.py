@@ -1,0 +1,127 @@
+"""Facts of a run that a user may set: the mode, and how blocks are decoded.
+
+The only reader of user mappings (the YAML file of --dllm-algorithm-config, and custom_params of a request). Every
+default and every range stands here once; an unknown key or a value out of range is a ConfigError that names both the
+value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang_llada.errors import ConfigError
+
+MODE_VARIABLE = "SGLANG_LLADA"
+
+
+class Mode(enum.Enum):
+    """Whether our scheduler serves LLaDA2 models (ON) or the host's own code does (OFF), for comparison."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One number that a decode algorithm takes; a value is allowed if low <= value <= high.
+
+    Attributes:
+        default: None means the block size.
+        high: None means the block size.
+    """
+
+    name: str
+    kind: type[int] | type[float]
+    default: float | int | None
+    low: float | int
+    high: float | int | None
+    help: str
+
+
+ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
+    "threshold": (
+        Parameter("threshold", float, 0.95, 0.0, 1.0, "keep every token whose probability is above this"),
+        Parameter("steps", int, None, 1, None, "most denoise steps of a block"),
+    ),
+}
+
+# What --dllm-algorithm accepts. LowConfidence is the host's name of the same rule.
+FLAGS: dict[str, str] = {"Threshold": "threshold", "LowConfidence": "threshold"}
+DEFAULT_FLAG = "Threshold"
+DEFAULT_ALGORITHM = FLAGS[DEFAULT_FLAG]
+
+# The host's own default for diffusion models is 1, which serves one request at a time.
+DEFAULT_MAX_RUNNING_REQUESTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the blocks of a request are decoded; made by defaults() and replaced(), which check every value.
+
+    Attributes:
+        algorithm: a key of ALGORITHMS.
+        block_size: positions of a block; a fact of the checkpoint, and the bound of steps.
+        threshold: a token is kept when its probability is above (strictly) this.
+        steps: most denoise steps that a block may take.
+    """
+
+    algorithm: str
+    block_size: int
+    threshold: float
+    steps: int
+
+    @classmethod
+    def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM) -> DecodeConfig:
+        """What an algorithm does when nobody sets anything."""
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(f"decode algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        values: dict[str, Any] = {p.name: block_size if p.default is None else p.default for p in ALGORITHMS[algorithm]}
+        return cls(algorithm, block_size, **values)
+
+    def replaced(self, mapping: Mapping[str, Any] | None, where: str = "custom_params") -> DecodeConfig:
+        """This with a user's mapping laid over it; ConfigError, beginning with `where`, if the mapping is wrong.
+
+        None is an empty mapping, as an empty YAML file or a request without options gives it.
+        """
+        if mapping is None:
+            return self
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"{where}: got {mapping!r}; needed is a mapping of names to values")
+        parameters = {p.name: p for p in ALGORITHMS[self.algorithm]}
+        unknown = [key for key in mapping if key not in parameters]
+        if unknown:
+            names = ", ".join(repr(key) for key in unknown)
+            raise ConfigError(f"{where}: unknown key {names}; allowed: {', '.join(parameters)}")
+        values = {name: checked(value, parameters[name], self.block_size, where) for name, value in mapping.items()}
+        return replace(self, **values)
+
+
+def read_mode(environ: Mapping[str, str]) -> Mode:
+    """The mode that the environment asks for; unset or empty means on."""
+    value = environ.get(MODE_VARIABLE) or Mode.ON.value
+    try:
+        return Mode(value)
+    except ValueError:
+        allowed = " or ".join(repr(mode.value) for mode in Mode)
+        raise ConfigError(f"{MODE_VARIABLE} is {value!r}; allowed: {allowed}") from None
+
+
+def algorithm_of_flag(flag: str) -> str:
+    """The algorithm that a value of --dllm-algorithm means."""
+    if flag not in FLAGS:
+        raise ConfigError(f"--dllm-algorithm is {flag!r}; allowed: {', '.join(FLAGS)}")
+    return FLAGS[flag]
+
+
+def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int:
+    """The value as the parameter's kind, or ConfigError. An integer is a fine float; a bool is no number."""
+    high = block_size if parameter.high is None else parameter.high
+    accepted = (int, float) if parameter.kind is float else (int,)
+    # NaN fails the comparison.
+    if isinstance(value, bool) or not isinstance(value, accepted) or not parameter.low <= value <= high:
+        noun = "a number" if parameter.kind is float else "an integer"
+        raise ConfigError(f"{where}: {parameter.name} is {value!r}; allowed: {noun} from {parameter.low} to {high}")
+    return parameter.kind(value)

@@ -1,0 +1,13 @@
+"""What a decode step decides, in pure torch: one file per algorithm, all under the step contract of contract.py.
+
+Adding an algorithm is one file and one line in ALGORITHMS.
+"""
+
+from __future__ import annotations
+
+from sglang_llada.decode import threshold
+from sglang_llada.decode.contract import Algorithm
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "threshold": Algorithm(step=threshold.step, source="LLaDA2.0"),
+}

@@ -1,0 +1,18 @@
+"""The three ways this package fails, named by who can mend it."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The user's to mend: a flag, a checkpoint file or a request option; the message has the value and what is allowed."""
+
+
+class HostMismatch(SystemExit):
+    """The installed SGLang is not the release that the seams were written for.
+
+    A SystemExit, because the host swallows ordinary exceptions of plugins and would go on with its stock code.
+    """
+
+
+class IntegrityError(RuntimeError):
+    """A bug of ours: the state that we keep contradicts itself or the host's pools."""

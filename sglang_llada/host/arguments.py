@@ -1,0 +1,148 @@
+"""Server arguments of a LLaDA2 model: what is filled in, what is refused, and the facts that the checkpoint settles.
+
+A model of another architecture passes through untouched. Nothing here turns an option off silently: what we do not
+serve is refused in one message that lists every such option.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.model_override_base import resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution
+
+from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAGS, DecodeConfig, Mode, algorithm_of_flag
+from sglang_llada.errors import ConfigError
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+
+ARCHITECTURE = "LLaDA2MoeModelLM"
+STOCK_FLAG = "LowConfidence"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A server option that we do not serve; `asks` gets the host's arguments and tells whether the user wants it."""
+
+    option: str
+    asks: Callable[[Any], Any]
+
+
+# The host would turn most of these off with a warning. Fields are those of its ServerArgs.
+REFUSALS = (
+    Refusal("--pp-size above 1", lambda a: a.pp_size > 1),
+    Refusal("--disaggregation-mode", lambda a: a.disaggregation_mode != "null"),
+    Refusal("--speculative-algorithm", lambda a: a.speculative_algorithm is not None),
+    Refusal("--enable-lora and --lora-paths", lambda a: a.enable_lora or a.lora_paths),
+    Refusal("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache),
+    Refusal("--enable-lmcache", lambda a: a.enable_lmcache),
+    Refusal("--enable-flexkv", lambda a: a.enable_flexkv),
+    Refusal("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
+    Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
+    Refusal("--is-embedding", lambda a: a.is_embedding),
+)
+
+
+def fill_in(server_args: Any, mode: Mode) -> None:
+    """Complete the arguments of a LLaDA2 model, so that --model-path alone starts a server.
+
+    Raises:
+        ConfigError: an option is not supported, or contradicts the checkpoint.
+    """
+    args = resolving_view(server_args)
+    if ARCHITECTURE not in architectures(args.model_path, args.revision):
+        return
+    chosen: dict[str, Any] = {}
+    if args.max_running_requests is None:
+        chosen["max_running_requests"] = DEFAULT_MAX_RUNNING_REQUESTS
+    if mode is Mode.OFF:
+        chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
+    else:
+        refuse_unsupported(args)
+        chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
+        chosen["page_size"] = page_size(args)
+    declare_resolution(server_args, "sglang_llada", **chosen)
+
+
+def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:
+    """The host's DllmConfig (or None) with block size and mask id of the checkpoint instead of its table's.
+
+    Raises:
+        ConfigError: the file of --dllm-algorithm-config has an unknown key or a bad value.
+    """
+    args = resolving_view(server_args)
+    if config is None or ARCHITECTURE not in architectures(args.model_path, args.revision):
+        return config
+    facts = facts_of(args.model_path, args.revision)
+    config.mask_id = facts.mask_id
+    if mode is Mode.ON or "block_size" not in config.algorithm_config:
+        config.block_size = facts.block_size
+    if mode is Mode.ON:
+        decode_config(config)
+    return config
+
+
+def decode_config(config: Any) -> DecodeConfig:
+    """How the server decodes unless a request says otherwise, from the host's DllmConfig."""
+    defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm))
+    return defaults.replaced(config.algorithm_config, "--dllm-algorithm-config")
+
+
+def own_flag(flag: str) -> str:
+    """The one value of --dllm-algorithm that stands for a flag and its aliases."""
+    algorithm = algorithm_of_flag(flag)
+    return next(name for name in FLAGS if FLAGS[name] == algorithm)
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise ConfigError naming every option that is asked for and not served."""
+    asked = [refusal.option for refusal in REFUSALS if refusal.asks(args)]
+    if asked:
+        raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
+
+
+def page_size(args: Any) -> int:
+    """One KV page holds one block, because a row of a forward writes one page."""
+    block_size = facts_of(args.model_path, args.revision).block_size
+    if args.page_size not in (None, block_size):
+        raise ConfigError(f"--page-size is {args.page_size}; allowed: {block_size}, the checkpoint's block size")
+    return block_size
+
+
+@lru_cache(maxsize=8)
+def architectures(model_path: str, revision: str | None) -> tuple[str, ...]:
+    """What config.json says the model is; empty if there is none to read, which the host will report in its own way."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    elif "://" in model_path or folder.is_file():  # object stores and GGUF files
+        config = {}
+    else:
+        config = fetch_config(model_path, revision)
+    return tuple(config.get("architectures") or ())
+
+
+def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a model that is named by its repository."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(repository, revision=revision)
+    except OSError:
+        return {}
+    return config
+
+
+@lru_cache(maxsize=8)
+def facts_of(model_path: str, revision: str | None) -> CheckpointFacts:
+    """The facts of a checkpoint in a folder or, named by its repository, in the local cache."""
+    if Path(model_path).is_dir():
+        return read_facts(model_path)
+    from huggingface_hub import snapshot_download
+
+    return read_facts(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))

@@ -1,0 +1,427 @@
+"""The scheduler: the host's, with an event loop of its own that runs rows instead of batches of requests.
+
+The host keeps what is not diffusion: receiving, tokenizers, the waiting queue and its policy, admission by KV budget,
+the radix tree, the pools, streaming, aborts, pauses, metrics. This class decides which blocks run next and when a
+request's KV is taken, shared and given back. `self.running_batch.reqs` always lists the host requests that hold KV, so
+that the host's own checks and reports see them.
+
+One turn of the loop: take in requests and admit them (the device may still be busy with the last step), read the last
+step's decisions, launch the next step, and only then book what was decided (finish states, stop strings, streaming,
+radix insertion), while the device works. Where the device is the CPU itself, booking comes before the launch, since
+nothing overlaps and the client would wait a step longer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch, release_req
+from sglang.srt.managers.schedule_policy import AddReqResult
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.common import (
+    checkpoint_kv_cache,
+    evict_from_tree_cache,
+    match_kv_cache,
+    release_kv_cache,
+)
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.observability.req_time_stats import set_time_batch
+from sglang.srt.runtime_context import get_schedule, get_serving
+from sglang.srt.utils import DynamicGradMode
+
+from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
+from sglang_llada.config import DecodeConfig
+from sglang_llada.errors import IntegrityError
+from sglang_llada.host.admission import decode_params, stop_ids, why_refused
+from sglang_llada.host.executor import Decision, Executor, InFlight
+from sglang_llada.host.streaming import LladaOutputStreamer
+from sglang_llada.llada2.checkpoint import read_facts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
+
+
+class LladaScheduler(Scheduler):
+    """Block rows in place of the host's dLLM scheduling; put in place of the host's class by plugin.register()."""
+
+    # --- construction -----------------------------------------------------------------------------------------------
+
+    def init_diffusion_llm(self) -> None:
+        """Called by the host once its pools exist."""
+        super().init_diffusion_llm()
+        facts = read_facts(self.server_args.model_path)
+        self.facts = facts
+        self.defaults = DecodeConfig.defaults(facts.block_size).replaced(
+            self.dllm_config.algorithm_config, "--dllm-algorithm-config"
+        )
+        self.table = Table()
+        self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
+        self.in_flight: InFlight | None = None
+        self.unbooked: list[Decision] = []
+        self.row_budget = max((self.chunked_prefill_size or DEFAULT_BUDGET) // facts.block_size, 1)
+        # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
+        envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
+        self.executor = Executor(self.tp_worker.model_runner, facts.block_size, facts.mask_id)
+        self.running_batch.forward_mode = ForwardMode.DLLM_EXTEND
+        # Checkpoints without a generation_config name their stop tokens in the tokenizer only.
+        self.model_config.hf_eos_token_id = set(self.model_config.hf_eos_token_id or ()) | set(facts.stop_ids)
+        logger.info(
+            "block rows: block %d, mask id %d, stop ids %s, at most %d rows a forward, %s",
+            facts.block_size,
+            facts.mask_id,
+            sorted(facts.stop_ids),
+            self.row_budget,
+            self.defaults,
+        )
+
+    def init_output_streamer(self) -> None:
+        """The streamer reports forward counts, which the table knows."""
+        super().init_output_streamer()
+        self.output_streamer.table = self.table
+
+    def get_output_streamer_class(self) -> type[LladaOutputStreamer]:
+        """The host's hook for a streamer of one's own."""
+        return LladaOutputStreamer
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    @DynamicGradMode()
+    def event_loop_normal(self) -> None:
+        """Turn after turn until shutdown; see the module."""
+        while not self.gracefully_exit:
+            self.ingest_requests()
+            if self._engine_paused:
+                self._record_scheduler_state_for_paused_engine()
+                continue
+            self._turn()
+
+    def _turn(self) -> None:
+        self._admit_waiting()
+        busy = self.in_flight is not None
+        self._read()
+        self._end_aborted()
+        if self.device == "cpu":
+            self._book()
+            busy |= self._launch()
+        else:
+            busy |= self._launch()
+            self._book()
+        if envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.get():
+            self.table.check_integrity(self._held())
+        if not busy:
+            self.cur_batch_for_debug = None
+            self._sched_idled = True
+            self.table.check_integrity(self._held())
+            self.on_idle()
+
+    def _read(self) -> None:
+        """Stage: read the step in flight and take its decisions; what it means for the outside is booked later."""
+        if self.in_flight is None:
+            return
+        decisions, self.in_flight = self.executor.read(self.in_flight), None
+        for decision in decisions:
+            if decision.request.phase is Phase.DONE:
+                continue  # ended while the step ran, by a stop string or an abort
+            if decision.tokens is None:
+                self.reqs[decision.request.rid].to_finish = FINISH_ABORT(
+                    "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
+                )
+                continue
+            decision.request.decide(decision.tokens, decision.open)
+            self.unbooked.append(decision)
+
+    def _launch(self) -> bool:
+        """Stage: plan the next step and enqueue it."""
+        plan = self._plan()
+        if not plan.rows:
+            return False
+        self.forward_ct += 1
+        self.cur_batch_for_debug = self.running_batch
+        self._sched_idled = False
+        self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
+        self.profiler_manager._profile_batch_predicate(self.running_batch)
+        slots = [self.reqs[row.request.rid].kv.req_pool_idx for row in plan.rows]
+        self.in_flight = self.executor.launch(plan, slots)
+        self.table.advance(plan)
+        self.new_token_ratio_tracker.decay_step()
+        return True
+
+    def _plan(self) -> Plan:
+        """Rows whose requests have their pages; requests are retracted until the rest has."""
+        while True:
+            plan = next_step(self.table.running(), self.row_budget)
+            reach = {row.request.rid: row.start + self.facts.block_size for row in plan.rows}
+            if all([self._ensure_pages(self.reqs[rid], end) for rid, end in reach.items()]):
+                return plan
+            if self.unbooked:
+                self._book()  # may end requests and so free pages
+            else:
+                self._retract_one()
+
+    # --- admission --------------------------------------------------------------------------------------------------
+
+    def validate_dllm_request(self, req: Any) -> str | None:
+        """The host's door: the sentence that refuses the request, or None."""
+        return why_refused(req, self.defaults)
+
+    def _admit_waiting(self) -> None:
+        """Stage: let waiting requests in, in the order of the host's policy, as far as KV and request slots go."""
+        if not self.waiting_queue:
+            return
+        self.policy.calc_priority(
+            self.waiting_queue, self.running_batch, processed_tokens=self.processed_tokens_counter
+        )
+        adder = self._adder()
+        for req in list(self.waiting_queue):
+            if req.to_finish is not None:
+                self.waiting_queue.remove(req)
+                self._finish_unadmitted(req)
+                continue
+            while not (fits := self._fits(req, adder)):
+                self._admit(adder.can_run_list)
+                if not self._preempt_for(req):
+                    break
+                adder = self._adder()
+            if not fits:
+                return
+        self._admit(adder.can_run_list)
+
+    def _adder(self) -> Any:
+        """The host's admission by KV budget, without chunks: rows are budgeted by the planner."""
+        return self.get_prefill_adder_class()(
+            self.page_size,
+            self.tree_cache,
+            self.token_to_kv_pool_allocator,
+            self.running_batch,
+            self.new_token_ratio_tracker.current,
+            self.max_prefill_tokens,
+            None,
+            0,
+            self.priority_scheduling_preemption_threshold,
+            max_running_requests=self.max_running_requests,
+            prefill_max_requests=get_schedule().prefill_max_requests,
+            waiting_queue_len=len(self.waiting_queue),
+        )
+
+    def _fits(self, req: Any, adder: Any) -> bool:
+        """Match a waiting request's whole blocks in the radix tree and reserve KV for it; False if there is no room."""
+        if self.get_num_allocatable_reqs(len(self.running_batch.reqs)) <= len(adder.can_run_list):
+            return False
+        if adder.budget_state() != AddReqResult.CONTINUE:
+            return False
+        request = self.table.get(req.rid)
+        if request is None:
+            request = self._new_request(req)
+            self.table.add(request)
+        req.refresh_fill_ids()
+        match = match_kv_cache(req, self.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=request.block.start)
+        if match.cache_protected_len is None:
+            req.kv.cache_protected_len = req.prefix_len
+        adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
+        return req in adder.can_run_list[-1:]
+
+    def _admit(self, reqs: list[Any]) -> None:
+        """Give requests that fit a row of req_to_token, their cached prefix, and pages up to their live block."""
+        for req in reqs:
+            request = self.table[req.rid]
+            self.waiting_queue.remove(req)
+            self._take_row(req)
+            self.table.readmit(req.rid, req.prefix_len)
+            self.reqs[req.rid] = req
+            self.running_batch.reqs.append(req)
+            self._ensure_pages(req, request.block.start + (self.facts.block_size if request.wants_decode else 0))
+            if not req.retracted_stain:
+                req.cached_tokens = req.cached_tokens_device = req.prefix_len
+            self.processed_tokens_counter += request.block.start - request.filled
+        if reqs:
+            set_time_batch(reqs, "set_forward_entry_time")
+
+    def _new_request(self, req: Any) -> Request[DecodeConfig]:
+        return Request(
+            rid=req.rid,
+            prompt=req.origin_input_ids,
+            max_new_tokens=req.sampling_params.max_new_tokens,
+            stop_ids=stop_ids(req),
+            params=decode_params(req, self.defaults),
+            block_size=self.facts.block_size,
+            mask_id=self.facts.mask_id,
+        )
+
+    def _take_row(self, req: Any) -> None:
+        """A row of the host's req_to_token table, with the cached prefix written into it."""
+        prefix = self.tree_cache.prefix_device_indices(req) if req.prefix_len else None
+        self.req_to_token_pool.alloc([req])
+        if prefix is not None:
+            self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix)
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
+
+    def _ensure_pages(self, req: Any, upto: int) -> bool:
+        """Pages for positions [0, upto), evicting from the radix tree if need be; False if the pool is full."""
+        have = req.kv.kv_allocated_len
+        if have >= upto:
+            return True
+        evict_from_tree_cache(self.tree_cache, upto - have)
+        pages = self.token_to_kv_pool_allocator.alloc(upto - have)
+        if pages is None:
+            return False
+        self.req_to_token_pool.write((req.kv.req_pool_idx, slice(have, upto)), pages.int())
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = upto
+        return True
+
+    def _preempt_for(self, req: Any) -> bool:
+        """Retract the least important running request if `req` outranks it by more than the host's threshold."""
+        if not self.enable_priority_preemption or not self.running_batch.reqs:
+            return False
+        sign = 1 if self.schedule_low_priority_values_first else -1
+        victim = max(self.running_batch.reqs, key=lambda r: (sign * r.priority, r.time_stats.wait_queue_entry_time))
+        if sign * (victim.priority - req.priority) <= self.priority_scheduling_preemption_threshold:
+            return False
+        self._settle()
+        if victim in self.running_batch.reqs:
+            self._retract(victim)
+        return True
+
+    # --- booking ----------------------------------------------------------------------------------------------------
+
+    def _book(self) -> None:
+        """Stage: tell the outside what was decided: the radix tree, finish states, streams, metrics."""
+        decided, self.unbooked = self.unbooked, []
+        news: dict[str, int] = {}  # tokens committed per request
+        for decision in decided:
+            req = self.reqs[decision.request.rid]
+            new = decision.request.output[len(req.output_ids) :]
+            req.output_ids.extend(new)
+            news[req.rid] = len(new)
+        for req in self.running_batch.reqs:
+            self._share(req, self.table[req.rid])
+        changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid, 0))]
+        if changed:
+            self._stream(changed)
+        if decided:
+            self._report(sum(news.values()))
+        self.maybe_send_health_check_signal()
+
+    def _share(self, req: Any, request: Request[DecodeConfig]) -> None:
+        """Insert newly filled blocks into the radix tree, so that requests that run at the same time share them."""
+        final = request.filled
+        if get_serving().strip_thinking_cache:
+            final = min(final, len(req.origin_input_ids) // self.facts.block_size * self.facts.block_size)
+        if final > req.kv.cache_protected_len and not self.tree_cache.disable:
+            req.refresh_fill_ids()
+            req.extend_end = final
+            checkpoint_kv_cache(req, self.tree_cache)
+
+    def _update_finish(self, req: Any, new: int) -> bool:
+        """Let the host judge new tokens, stop strings among them; whether there is anything to send."""
+        request = self.table[req.rid]
+        if new or request.phase is Phase.DONE:
+            req.update_finish_state(new)
+        if request.phase is Phase.DONE and not req.finished():
+            raise IntegrityError(f"{req.rid}: blocks ended by {request.ending}, the host sees no end")
+        return new > 0 or req.finished()
+
+    def _stream(self, changed: list[Any]) -> None:
+        """Send new tokens and ends; let go of what ended."""
+        ended = [req for req in changed if req.finished()]
+        for req in ended:
+            self._release(req)
+            req.time_stats.set_completion_time()
+        self.output_streamer.stream_output(changed, False)
+        for req in ended:
+            self.table.drop(req.rid)
+        if ended:
+            self.running_batch.reqs = [req for req in self.running_batch.reqs if not req.finished()]
+
+    def _report(self, committed: int) -> None:
+        reporter = self.metrics_reporter
+        reporter.num_generated_tokens += committed
+        reporter.forward_ct_decode += 1
+        reporter.report_decode_stats(False, self.running_batch, committed)
+        snapshot = self.publish_load_snapshot(force=False)
+        self.load_publisher.publish_load_stat(self.load_inquirer.get_loads, force=False, snapshot=snapshot)
+
+    def _release(self, req: Any) -> None:
+        """Give back a request's row and pages; what can be shared is in the tree already."""
+        del self.reqs[req.rid]
+        release_kv_cache(req, self.tree_cache, checkpoint=False)
+
+    # --- ends from outside ------------------------------------------------------------------------------------------
+
+    def _end_aborted(self) -> None:
+        """Stage: requests that the host marked for an end take no further part."""
+        for req in self.running_batch.reqs:
+            request = self.table[req.rid]
+            if req.to_finish is not None and request.phase is not Phase.DONE:
+                request.end(Ending.OUTSIDE)
+
+    def _finish_unadmitted(self, req: Any) -> None:
+        """Answer a request that ends in the queue: refused by the host, or aborted after a retraction."""
+        self._release_aborted_request(req)
+        req.update_finish_state(0)
+        self.output_streamer.stream_output([req], False)
+
+    def _release_aborted_request(self, req: Any) -> None:
+        """As the host, which calls this for every request it drops from its queue; the table may know it."""
+        super()._release_aborted_request(req)
+        self.table.drop(req.rid)
+
+    def _settle(self) -> None:
+        """Read and book everything, so that nothing is in flight."""
+        self._read()
+        self._end_aborted()
+        self._book()
+
+    def _retract_one(self) -> None:
+        """Take the KV of the request that the host's policy would give up first."""
+        reqs = self.running_batch.reqs
+        if len(reqs) == 1:
+            reqs[0].to_finish = FINISH_ABORT(
+                "the KV pool is too small for this request alone", HTTPStatus.INTERNAL_SERVER_ERROR
+            )
+            self._end_aborted()
+            self._book()
+            return
+        victim = reqs[ScheduleBatch._get_decode_retraction_order(reqs)[-1]]
+        logger.warning("KV pool is full: retracting %s of %d running requests", victim.rid, len(reqs))
+        self.metrics_reporter.num_retracted_reqs = 1
+        self._retract(victim)
+        self.new_token_ratio_tracker.current = min(1.0, 2 * self.new_token_ratio_tracker.current)
+
+    def _retract(self, req: Any) -> None:
+        """Back to the queue without KV; the table keeps what the live block has decided."""
+        self.table[req.rid].retract()
+        del self.reqs[req.rid]
+        self.running_batch.reqs.remove(req)
+        release_req(
+            req=req,
+            remaing_req_count=len(self.running_batch.reqs),
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            tree_cache=self.tree_cache,
+            hisparse_coordinator=None,
+        )
+        self._add_request_to_queue(req, is_retracted=True)
+
+    def pause_generation(self, recv_req: Any) -> None:
+        """As the host, with nothing in flight; in "retract" mode the table gives up KV like the host."""
+        self._settle()
+        retracted = [req.rid for req in self.running_batch.reqs] if recv_req.mode == "retract" else []
+        super().pause_generation(recv_req)
+        for rid in retracted:
+            self.table[rid].retract()
+            del self.reqs[rid]
+
+    # --- queries ----------------------------------------------------------------------------------------------------
+
+    def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+        """As the host; a step in flight is work too."""
+        return self.in_flight is None and super().is_fully_idle(for_health_check, ignore_waiting)
+
+    def _held(self) -> dict[str, int]:
+        """Positions that each request has pages for, as the host's records say."""
+        return {rid: req.kv.kv_allocated_len for rid, req in self.reqs.items()}

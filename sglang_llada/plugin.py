@@ -1,0 +1,122 @@
+"""The two entry points that the host calls: register() in every process of a server, activate() to choose a platform.
+
+The host swallows exceptions of plugins and goes on without them. Nobody may run its stock code while believing
+otherwise, so register() turns every exception into a SystemExit, and this module imports next to nothing by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from sglang_llada.config import Mode, read_mode
+from sglang_llada.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MODEL_PACKAGE = "sglang_llada.host.models"
+
+
+def activate() -> str | None:
+    """Platform entry point: the class path of our CPU platform, or None to leave the choice to the host.
+
+    Called on first use of the host's current_platform, possibly with the host half imported: imports nothing of it.
+    """
+    from sglang_llada.accelerator import activate_platform
+
+    return activate_platform()
+
+
+def register() -> None:
+    """General entry point: put every hook of the environment's mode in place. Calling it again does nothing."""
+    try:
+        install(read_mode(os.environ))
+    except ConfigError as error:
+        raise SystemExit(f"sglang-llada: {error}") from None
+    except Exception as error:
+        raise SystemExit(f"sglang-llada: cannot start: {type(error).__name__}: {error}") from error
+
+
+@cache
+def install(mode: Mode) -> None:
+    """Check the host, then hook it. The mode's own part is the class of the scheduler, of the model and the algorithms.
+
+    Raises:
+        HostMismatch: the installed SGLang is not the release that the seams describe.
+    """
+    from sglang_llada.host import seams
+
+    seams.require()
+    register_config()
+    hook_arguments(mode)
+    prepare_cpu()
+    if mode is Mode.ON:
+        from sglang_llada.host.algorithm import register_algorithms
+
+        register_algorithms()
+        hook_model_class()
+        replace_scheduler()
+
+
+def register_config() -> None:
+    """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
+    from transformers import AutoConfig
+
+    from sglang_llada.llada2.config import MODEL_TYPE, Llada2Config
+
+    AutoConfig.register(MODEL_TYPE, Llada2Config, exist_ok=True)
+
+
+def hook_arguments(mode: Mode) -> None:
+    """Complete server arguments, and correct the facts that the host reads from a table of architecture names."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.arguments import correct_facts, fill_in
+
+    @register_resolution_hook("handle_missing_default_values")
+    def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
+        previous(server_args)
+        fill_in(server_args, mode)
+
+    def correct(config: Any, server_args: Any) -> Any:
+        return correct_facts(config, server_args, mode)
+
+    HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
+
+
+def prepare_cpu() -> None:
+    """On our CPU platform, repair what the host's expert layers get wrong there."""
+    from sglang.srt.platforms import current_platform
+
+    if type(current_platform).__module__.startswith("sglang_llada."):
+        from sglang_llada.host import cpu_experts
+
+        cpu_experts.install()
+
+
+def hook_model_class() -> None:
+    """Register our model class when a process first looks one up: importing the registry costs 3 s, and few need it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.model_loader.utils.get_model_architecture", register_model_class, HookType.BEFORE
+    )
+
+
+def register_model_class(*args: Any, **kwargs: Any) -> None:
+    """Put our model class in the place of the host's. Runs before a lookup and leaves its arguments as they are."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
+
+
+def replace_scheduler() -> None:
+    """Put our scheduler class in the place of the host's, in every process that imports it from now on."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.scheduler import LladaScheduler
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, HookType.REPLACE)
