@@ -95,7 +95,9 @@ class DecodeConfig:
         if unknown:
             names = ", ".join(repr(key) for key in unknown)
             raise ConfigError(f"{where}: unknown key {names}; allowed: {', '.join(parameters)}")
-        values = {name: checked(value, parameters[name], self.block_size, where) for name, value in mapping.items()}
+        values: dict[str, Any] = {
+            name: checked(value, parameters[name], self.block_size, where) for name, value in mapping.items()
+        }
         return replace(self, **values)
 
 

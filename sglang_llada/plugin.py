@@ -49,7 +49,7 @@ def install(mode: Mode) -> None:
     from sglang_llada.host import seams
 
     seams.require()
-    register_config()
+    register_config(mode)
     hook_arguments(mode)
     prepare_cpu()
     if mode is Mode.ON:
@@ -60,13 +60,14 @@ def install(mode: Mode) -> None:
         replace_scheduler()
 
 
-def register_config() -> None:
+def register_config(mode: Mode) -> None:
     """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
     from transformers import AutoConfig
 
+    from sglang_llada.host.stock import StockConfig
     from sglang_llada.llada2.config import MODEL_TYPE, Llada2Config
 
-    AutoConfig.register(MODEL_TYPE, Llada2Config, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, Llada2Config if mode is Mode.ON else StockConfig, exist_ok=True)
 
 
 def hook_arguments(mode: Mode) -> None:
@@ -74,16 +75,17 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.arguments import correct_facts, fill_in
+    from sglang_llada.host.arguments import fill_in_platform, correct_facts, fill_in
 
-    @register_resolution_hook("handle_missing_default_values")
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
+        fill_in_platform(server_args)
         previous(server_args)
         fill_in(server_args, mode)
 
     def correct(config: Any, server_args: Any) -> Any:
         return correct_facts(config, server_args, mode)
 
+    register_resolution_hook("handle_missing_default_values")(fill_in_after)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
 
 
@@ -101,9 +103,7 @@ def hook_model_class() -> None:
     """Register our model class when a process first looks one up: importing the registry costs 3 s, and few need it."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(
-        "sglang.srt.model_loader.utils.get_model_architecture", register_model_class, HookType.BEFORE
-    )
+    HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", register_model_class, HookType.BEFORE)
 
 
 def register_model_class(*args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,9 @@ REFUSALS = (
         lambda r, p: p.json_schema or p.regex or p.ebnf or p.structural_tag,
         "structured output (json_schema, regex, ebnf, structural_tag, response_format, required tools) is not supported",
     ),
-    Refusal(lambda r, p: r.return_logprob, "log-probabilities are not supported; send return_logprob or logprobs false"),
+    Refusal(
+        lambda r, p: r.return_logprob, "log-probabilities are not supported; send return_logprob or logprobs false"
+    ),
     Refusal(lambda r, p: r.return_hidden_states, "return_hidden_states is not supported"),
     Refusal(lambda r, p: r.return_routed_experts or r.return_indexer_topk, "expert and index traces are not supported"),
     Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported: decoding is greedy"),

@@ -9,7 +9,9 @@ from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 
 from sglang_llada.config import FLAGS
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.arguments import ARCHITECTURE, own_flag
+from sglang_llada.host.arguments import own_flag
+from sglang_llada.host.platform import ATTENTION_BACKEND
+from sglang_llada.llada2.config import ARCHITECTURE
 
 
 class OwnAlgorithm(DllmAlgorithm):
@@ -17,7 +19,7 @@ class OwnAlgorithm(DllmAlgorithm):
 
     supported_architectures = (ARCHITECTURE,)
     # The host leaves these as they are; any other becomes flashinfer when CUDA graphs are on.
-    supported_attention_backends = ("flashinfer", "triton", "torch_native")
+    supported_attention_backends = ("flashinfer", "triton", ATTENTION_BACKEND)
 
     def run(self, model_runner: Any, forward_batch: Any, algo_states: Any = None) -> Any:
         raise IntegrityError("the host's worker was told to decode a block; only our scheduler may")

@@ -19,8 +19,8 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAGS, DecodeConfig, Mode, algorithm_of_flag
 from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from sglang_llada.llada2.config import ARCHITECTURE
 
-ARCHITECTURE = "LLaDA2MoeModelLM"
 STOCK_FLAG = "LowConfidence"
 
 
@@ -45,6 +45,29 @@ REFUSALS = (
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
 )
+
+
+def fill_in_platform(server_args: Any) -> None:
+    """What our CPU platform needs to be said before the host decides anything by device.
+
+    The host's own hook for this, SRTPlatform.apply_server_args_defaults, runs once graphs and attention are settled.
+    """
+    from sglang.srt.platforms import current_platform
+
+    from sglang_llada.host.platform import ATTENTION_BACKEND, KV_TOKENS, CpuPlatform
+
+    if not isinstance(current_platform, CpuPlatform):
+        return
+    args = resolving_view(server_args)
+    declare_resolution(
+        server_args,
+        "sglang_llada",
+        device=current_platform.device_type,
+        disable_cuda_graph=True,
+        attention_backend=args.attention_backend or ATTENTION_BACKEND,
+        max_total_tokens=args.max_total_tokens or KV_TOKENS,
+        dtype="float32" if args.dtype == "auto" else args.dtype,  # the host would halve fp32 checkpoints
+    )
 
 
 def fill_in(server_args: Any, mode: Mode) -> None:
@@ -90,6 +113,12 @@ def decode_config(config: Any) -> DecodeConfig:
     """How the server decodes unless a request says otherwise, from the host's DllmConfig."""
     defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm))
     return defaults.replaced(config.algorithm_config, "--dllm-algorithm-config")
+
+
+def is_ours(server_args: Any) -> bool:
+    """Whether a resolved server decodes with an algorithm of ours; the host's own code serves every other model."""
+    flag = resolving_view(server_args).dllm_algorithm
+    return flag in FLAGS and own_flag(flag) == flag
 
 
 def own_flag(flag: str) -> str:

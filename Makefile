@@ -1,0 +1,36 @@
+# Every target but clean works from a bare checkout: it makes .venv first, or brings it up to date.
+
+PYTHON ?= python3.11
+MODEL ?= examples/tiny-llada2
+HOST ?= 127.0.0.1
+PORT ?= 30000
+ARGS ?=
+
+BIN := .venv/bin
+# Newer than pyproject.toml exactly when .venv holds what it asks for.
+STAMP := .venv/.installed
+
+.PHONY: venv serve test lint clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# exec, so that Ctrl-C and signals reach the server itself. ARGS takes further flags of the host.
+serve: venv
+	exec $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

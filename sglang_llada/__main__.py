@@ -1,0 +1,107 @@
+"""`python -m sglang_llada env | check | algorithms`: what is installed, whether it fits the host, what it can decode.
+
+Imports nothing of the host, so every answer comes at once, also where the host does not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+
+import sglang_llada
+from sglang_llada import config, plugin
+from sglang_llada.errors import ConfigError, HostMismatch
+from sglang_llada.host import seams
+
+ENTRY_POINT = "sglang_llada"
+PLUGIN_GROUP = "sglang.srt.plugins"
+PLATFORM_VARIABLE = "SGLANG_PLATFORM"
+WHITELIST_VARIABLE = "SGLANG_PLUGINS"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; exit status 0 if all is well, 1 if something differs, is excluded or set wrongly."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_llada", description=sglang_llada.__doc__)
+    commands = {"env": show_env, "check": show_check, "algorithms": show_algorithms}
+    parser.add_argument("command", choices=commands)
+    try:
+        return commands[parser.parse_args(argv).command]()
+    except (ConfigError, HostMismatch) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def show_env() -> int:
+    """Versions, machine, mode, and whether the host will load us."""
+    mode = config.read_mode(os.environ)
+    print(f"sglang-llada  {sglang_llada.__version__}")
+    for name in ("sglang", "torch", "transformers"):
+        print(f"{name:13} {installed_version(name)}")
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    print(f"mode          {mode.value} ({config.MODE_VARIABLE})")
+    print(f"plugin        {standing(os.environ)}")
+    print(f"platform      {plugin.activate() or 'left to the host'}")
+    return 0
+
+
+def show_check() -> int:
+    """Every seam with ok or what differs, then the verdict."""
+    host = seams.installed_host()
+    differing = 0
+    for seam, difference in seams.compare(seams.SEAMS, host):
+        print(f"{'differs' if difference else 'ok':8} {seam.kind.value:8} {seam.target}")
+        if difference:
+            differing += 1
+            print(f"{'':17} {difference}\n{'':17} needed because: {seam.why}")
+    fits = host.version == seams.RELEASE
+    print(f"{'ok' if fits else 'differs':8} release  sglang {host.version}, expected {seams.RELEASE}")
+    reason = exclusion(os.environ)
+    print(f"plugin is {standing(os.environ)}; {differing} of {len(seams.SEAMS)} seams differ")
+    return 0 if fits and not differing and reason is None else 1
+
+
+def show_algorithms() -> int:
+    """Decode algorithms with their parameters."""
+    for algorithm, parameters in config.ALGORITHMS.items():
+        flags = ", ".join(flag for flag, meant in config.FLAGS.items() if meant == algorithm)
+        print(f"{algorithm}  (--dllm-algorithm {flags})")
+        for p in parameters:
+            default = "block size" if p.default is None else p.default
+            high = "block size" if p.high is None else p.high
+            print(f"  {p.name:10} {p.kind.__name__:6} default {default}, {p.low} to {high}: {p.help}")
+    return 0
+
+
+def standing(environ: Mapping[str, str]) -> str:
+    """Whether the host will load us, in words."""
+    reason = exclusion(environ)
+    return "active" if reason is None else f"excluded: {reason}"
+
+
+def exclusion(environ: Mapping[str, str]) -> str | None:
+    """Why the host will not load us, by the rules of its plugin loader; None if it will."""
+    if not importlib.metadata.entry_points(group=PLUGIN_GROUP, name=ENTRY_POINT):
+        return "the package is not installed, so the host finds no entry point; run `pip install -e .`"
+    selected = environ.get(PLATFORM_VARIABLE)
+    if selected and selected != ENTRY_POINT:
+        return f"{PLATFORM_VARIABLE} is {selected!r}, which leaves out every package with another platform"
+    listed = environ.get(WHITELIST_VARIABLE)
+    if listed and ENTRY_POINT not in (name.strip() for name in listed.split(",")):
+        return f"{WHITELIST_VARIABLE} is {listed!r}, which does not list {ENTRY_POINT!r}"
+    return None
+
+
+def installed_version(distribution: str) -> str:
+    """The version of a distribution, or that there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Model classes that the host's registry scans for EntryClass."""

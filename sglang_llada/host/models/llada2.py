@@ -1,0 +1,361 @@
+"""The LLaDA2 MoE network in the host's layers, for any parallelism and quantisation that they know.
+
+Unlike the host's own class, the forward ends with hidden states: logits exist only where the executor asks for them, at
+open positions. Attention layers are ENCODER_ONLY, which every backend takes as "not causal"; the end of what a row sees
+is its sequence length, so a row sees all blocks up to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.distributed import tensor_model_parallel_all_gather
+from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.layer_boundary import append_stages, declare_attn, declare_ffn, is_dense_ffn_fully_dp
+from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.models.utils import apply_qk_norm
+from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.utils import add_prefix, make_pp_layers
+from torch import Tensor, nn
+
+from sglang_llada.llada2.config import Llada2Config
+from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
+
+
+class Attention(nn.Module):
+    """Fused query, key and value; per-head norms; rotary on the first part of each head."""
+
+    def __init__(self, c: Llada2Config, layer_id: int, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        ranks = get_parallel().attn_tp_size
+        self.heads = c.num_attention_heads // ranks
+        self.kv_heads = max(1, c.num_key_value_heads // ranks)
+        self.head_dim = c.head_dim
+        self.query_key_value = QKVParallelLinear(
+            c.hidden_size,
+            c.head_dim,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("query_key_value", prefix),
+            parallel_group="attn_tp",
+        )
+        self.query_layernorm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+        self.key_layernorm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+        self.dense = RowParallelLinear(
+            c.num_attention_heads * c.head_dim,
+            c.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=False,
+            prefix=add_prefix("dense", prefix),
+            parallel_group="attn_tp",
+        )
+        self.rotary_emb = get_rope(
+            c.head_dim,
+            rotary_dim=c.rotary_dim,
+            max_position=c.max_position_embeddings,
+            base=c.rope_theta,
+            rope_scaling=None,
+        )
+        self.attn = RadixAttention(
+            self.heads,
+            c.head_dim,
+            c.head_dim**-0.5,
+            num_kv_heads=self.kv_heads,
+            layer_id=layer_id,
+            attn_type=AttentionType.ENCODER_ONLY,
+            prefix=add_prefix("attn", prefix),
+        )
+
+    def forward(self, positions: Tensor, x: Tensor, forward_batch: Any) -> Tensor:
+        """x [N, H]; N may be 0 on an idle rank."""
+        if x.shape[0] == 0:
+            return x
+        qkv, _ = self.query_key_value(x)
+        kv_size = self.kv_heads * self.head_dim
+        q, k, v = qkv.split([self.heads * self.head_dim, kv_size, kv_size], dim=-1)
+        q, k = apply_qk_norm(q=q, k=k, q_norm=self.query_layernorm, k_norm=self.key_layernorm, head_dim=self.head_dim)
+        q, k = self.rotary_emb(positions, q, k)
+        out, _ = self.dense(self.attn(q, k, v, forward_batch))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU, dense or shared; the caller reduces over ranks."""
+
+    def __init__(self, hidden: int, width: int, quant_config: Any, prefix: str, parallel_group: str = "tp") -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden,
+            [width] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("gate_up_proj", prefix),
+            parallel_group=parallel_group,
+        )
+        self.down_proj = RowParallelLinear(
+            width,
+            hidden,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=False,
+            prefix=add_prefix("down_proj", prefix),
+            parallel_group=parallel_group,
+        )
+        self.act = SiluAndMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H]."""
+        if x.shape[0] == 0:
+            return x
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act(gate_up))
+        return out
+
+
+class Router(nn.Module):
+    """Router logits in fp32 whatever the model's dtype: a bf16 router changes which experts are chosen."""
+
+    def __init__(self, c: Llada2Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, dtype=torch.float32), requires_grad=False)
+        bias = torch.zeros(c.num_experts, dtype=torch.float32)
+        if c.moe_router_enable_expert_bias:
+            self.expert_bias = nn.Parameter(bias, requires_grad=False)
+        else:
+            self.register_buffer("expert_bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits fp32 [N, E] of x [N, H]."""
+        return F.linear(x.float(), self.weight)
+
+
+class MoE(nn.Module):
+    """Routed and shared experts; the caller reduces over ranks."""
+
+    def __init__(self, c: Llada2Config, layer_id: int, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.gate = Router(c)
+        self.topk = TopK(
+            top_k=c.num_experts_per_tok,
+            layer_id=layer_id,
+            renormalize=c.norm_topk_prob,
+            use_grouped_topk=True,
+            num_expert_group=c.n_group,
+            topk_group=c.topk_group,
+            correction_bias=self.gate.expert_bias.data,
+            scoring_func="sigmoid",
+            routed_scaling_factor=c.routed_scaling_factor,
+        )
+        self.experts = get_moe_impl_class(quant_config)(
+            num_experts=c.num_experts + get_exec().moe.ep_num_redundant_experts,
+            top_k=c.num_experts_per_tok,
+            layer_id=layer_id,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.moe_intermediate_size,
+            quant_config=quant_config,
+            routed_scaling_factor=c.routed_scaling_factor,
+            prefix=add_prefix("experts", prefix),
+        )
+        # The scaling factor is applied once: by the runner, or here where the runner leaves it to the router.
+        self.topk.topk_config.apply_routed_scaling_factor_on_output = (
+            self.experts.should_fuse_routed_scaling_factor_in_topk
+        )
+        self.topk.bind_runner_backend(
+            self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
+        )
+        self.shared_experts = (
+            MLP(c.hidden_size, c.shared_intermediate_size, quant_config, add_prefix("shared_experts", prefix))
+            if c.num_shared_experts
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H]."""
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        routed = self.experts(x, self.topk(x, self.gate(x)))
+        return routed if shared is None else routed + shared
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward between the host's boundaries, which hold norms, residuals and collectives."""
+
+    def __init__(self, c: Llada2Config, layer_id: int, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.attention = Attention(c, layer_id, quant_config, add_prefix("attention", prefix))
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp: nn.Module
+        if c.is_dense(layer_id):
+            group = "replicated" if is_dense_ffn_fully_dp() else "tp"
+            self.mlp = MLP(c.hidden_size, c.intermediate_size, quant_config, add_prefix("mlp", prefix), group)
+        else:
+            self.mlp = MoE(c, layer_id, quant_config, add_prefix("mlp", prefix))
+        attn, ffn = self.stage_facts(c, layer_id)
+        self.attn_boundary, self.ffn_boundary = append_stages(
+            (attn, self.input_layernorm), (ffn, self.post_attention_layernorm)
+        )
+
+    @staticmethod
+    def stage_facts(c: Llada2Config, layer_id: int) -> tuple[Any, Any]:
+        """What the host's boundaries must know of a layer."""
+        return (
+            declare_attn(),
+            declare_ffn(sparse=not c.is_dense(layer_id), next_layer_sparse=not c.is_dense(layer_id + 1)),
+        )
+
+    def forward(self, positions: Tensor, x: Tensor, forward_batch: Any) -> Tensor:
+        x = self.attn_boundary.prepare(hidden_states=x, forward_batch=forward_batch)
+        x = self.attention(positions, x, forward_batch)
+        x = self.attn_boundary.finish(x, forward_batch)
+        x = self.ffn_boundary.prepare(hidden_states=x, forward_batch=forward_batch)
+        return self.ffn_boundary.finish(self.mlp(x), forward_batch)
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and the last norm."""
+
+    def __init__(self, c: Llada2Config, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.word_embeddings = VocabParallelEmbedding(
+            c.vocab_size,
+            c.hidden_size,
+            quant_config=quant_config,
+            prefix=add_prefix("word_embeddings", prefix),
+            use_attn_tp_group=is_dp_attention_enabled(),
+        )
+        self.layers, self.start_layer, self.end_layer = make_pp_layers(
+            c.num_hidden_layers,
+            lambda idx, prefix: Layer(c, idx, quant_config, prefix),
+            prefix=add_prefix("layers", prefix),
+            stage_facts=partial(Layer.stage_facts, c),
+        )
+        self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Tensor:
+        x = self.word_embeddings(input_ids)
+        residual_batch.start(forward_batch)
+        for layer in self.layers:
+            x = layer(positions, x, forward_batch)
+        x = residual_batch.complete_output(x, forward_batch)
+        if not forward_batch.forward_mode.is_idle():
+            x = residual_batch.final_norm(x, forward_batch, self.norm)
+        return x
+
+
+class LLaDA2MoeModelLM(nn.Module):
+    """The model class that the host finds for `architectures: [LLaDA2MoeModelLM]`."""
+
+    def __init__(self, config: Llada2Config, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config, quant_config, add_prefix("model", prefix))
+        if config.tie_word_embeddings:
+            self.lm_head = self.model.word_embeddings
+        else:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=quant_config,
+                prefix=add_prefix("lm_head", prefix),
+                use_attn_tp_group=get_parallel().enable_dp_lm_head,
+            )
+        self.loaded = False
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> LogitsProcessorOutput:
+        """Hidden states after the last norm of all tokens, [N, H], in the host's output record."""
+        hidden = self.model(input_ids, positions, forward_batch)
+        return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [P, V] of hidden states [P, H], over the whole vocabulary on every rank."""
+        local = F.linear(hidden.to(self.lm_head.weight.dtype), self.lm_head.weight)
+        if get_parallel().tp_size > 1:
+            local = tensor_model_parallel_all_gather(local)
+        return local[:, : self.config.vocab_size]  # the host pads the vocabulary
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load a checkpoint, or later part of one (weight updates).
+
+        Raises:
+            ConfigError: tensors are unknown, misshapen or doubled or, the first time, missing.
+        """
+        ledger = Ledger(self.config, quantisation_block(self.config))
+        params = dict(self.named_parameters())
+        for name, tensor in canonical(weights):
+            if self.config.tie_word_embeddings and name == "lm_head.weight":
+                continue  # some tied checkpoints store the embedding twice
+            if ledger.tick(name, tensor.shape):
+                self._load(name, tensor, params)
+        ledger.close(complete=not self.loaded)
+        self.loaded = True
+
+    def _load(self, name: str, tensor: Tensor, params: dict[str, Any]) -> None:
+        """Put one tensor where the host's layers keep it: fused, stacked by expert, or as it is."""
+        if ".mlp.experts." in name:
+            for param_name, weight_name, expert_id, shard_id in self._expert_mapping():
+                if weight_name in name:
+                    target = name.replace(weight_name, param_name)
+                    param = params[target]
+                    param.weight_loader(param, tensor, target, shard_id=shard_id, expert_id=expert_id)
+                    return
+        for shard_id, matrix in enumerate(("gate_proj", "up_proj")):
+            if f".{matrix}." in name:
+                param = params[name.replace(matrix, "gate_up_proj")]
+                param.weight_loader(param, tensor, shard_id)
+                return
+        param = params[name]
+        loader = getattr(param, "weight_loader", default_weight_loader)
+        loader(param, tensor)
+
+    def _expert_mapping(self) -> list[tuple[str, str, int, str]]:
+        return FusedMoE.make_expert_params_mapping(
+            ckpt_gate_proj_name="gate_proj",
+            ckpt_down_proj_name="down_proj",
+            ckpt_up_proj_name="up_proj",
+            num_experts=self.config.num_experts,
+        )
+
+    @property
+    def start_layer(self) -> int:
+        """First layer of this rank; the host sizes the KV pool by it."""
+        return self.model.start_layer
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last layer of this rank."""
+        return self.model.end_layer
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Asked for by the host."""
+        return self.model.word_embeddings
+
+    @classmethod
+    def get_model_config_for_expert_location(cls, config: Llada2Config) -> ModelConfigForExpertLocation:
+        """What expert load balancing must know."""
+        return ModelConfigForExpertLocation(
+            num_layers=config.num_hidden_layers, num_logical_experts=config.num_experts, num_groups=config.n_group
+        )
+
+
+EntryClass = LLaDA2MoeModelLM

@@ -1,0 +1,92 @@
+"""Facts that come from the checkpoint and nowhere else: block size, mask id, stop ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from sglang_llada.errors import ConfigError
+from sglang_llada.llada2.config import Llada2Config
+
+MASK_TOKEN = "<|mask|>"
+TURN_END = "<|role_end|>"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """What decoding must know of a checkpoint. stop_ids end an answer: end of text, end of a turn."""
+
+    block_size: int
+    mask_id: int
+    stop_ids: frozenset[int]
+    vocab_size: int
+
+
+def read_facts(path: str | Path) -> CheckpointFacts:
+    """The facts of a checkpoint folder.
+
+    Raises:
+        ConfigError: config.json is contradictory, or no mask token can be found.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    file = folder / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return gather(config, tokenizer, generation)
+
+
+def read_config(folder: Path) -> Llada2Config:
+    """config.json of a folder, checked."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: there is no config.json")
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return Llada2Config(**{key: value for key, value in fields.items() if key != "model_type"})
+
+
+def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> CheckpointFacts:
+    """The facts from the three places that may state them.
+
+    The mask id is config.mask_token_id, or the tokenizer's mask token; the published 2.0 configs leave it to the
+    tokenizer. Stop ids are the union of what all three name, and the token that ends a turn.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    named = config_mask(config)
+    own = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else vocabulary.get(MASK_TOKEN)
+    if named is not None and own is not None and named != own:
+        raise ConfigError(f"mask_token_id is {named} in config.json, but the tokenizer's mask token is {own}")
+    mask_id = named if named is not None else own
+    if mask_id is None:
+        raise ConfigError(
+            f"the checkpoint has no mask token: config.json has no mask_token_id, the tokenizer no mask_token and no "
+            f"{MASK_TOKEN!r}"
+        )
+    stop_ids = {
+        token
+        for source in (
+            config.eos_token_id,
+            generation.get("eos_token_id"),
+            tokenizer.eos_token_id,
+            vocabulary.get(TURN_END),
+        )
+        for token in (source if isinstance(source, list) else [source])
+        if token is not None
+    }
+    if not 0 <= mask_id < config.vocab_size:
+        raise ConfigError(f"mask token id {mask_id} is outside the vocabulary of {config.vocab_size}")
+    if mask_id in stop_ids:
+        raise ConfigError(f"mask token id {mask_id} is also a stop token")
+    return CheckpointFacts(config.block_size, mask_id, frozenset(stop_ids), config.vocab_size)
+
+
+def config_mask(config: Llada2Config) -> int | None:
+    """The optional field config.mask_token_id."""
+    value = config.to_dict().get("mask_token_id")
+    if value is not None and not isinstance(value, int):
+        raise ConfigError(f"config.json: mask_token_id is {value!r}; allowed: an integer")
+    return value

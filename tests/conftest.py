@@ -1,0 +1,29 @@
+"""What can run here: without SGLang tests/host is left out, without an accelerator tests marked gpu are skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+HOST_INSTALLED = importlib.util.find_spec("sglang") is not None
+
+# Their modules import the host, so they cannot even be collected without it.
+collect_ignore_glob = [] if HOST_INSTALLED else ["host/*"]
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out and what would run it."""
+    return [] if HOST_INSTALLED else ["tests/host is left out: SGLang is not installed; run `make venv`"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no accelerator."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator that torch.cuda sees"))

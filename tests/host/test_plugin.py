@@ -1,0 +1,312 @@
+"""Entry points, hooks per mode, and what becomes of the server arguments of a LLaDA2 model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_llada import plugin
+from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
+from sglang_llada.errors import ConfigError, HostMismatch
+from sglang_llada.host import seams
+
+pytestmark = pytest.mark.host
+
+T, MASK = 8, 77  # of the checkpoint below; the host's table says 32 and 156895
+
+REPORT = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang_llada.plugin import register
+register()  # a second time
+from sglang.srt.arg_groups.resolution_hooks import _HOOKS
+from sglang.srt.plugins.hook_registry import HookRegistry
+registry_imported = "sglang.srt.models.registry" in sys.modules
+from sglang.srt.dllm.algorithm import algo_name_to_cls
+from sglang.srt.managers.scheduler import Scheduler
+from transformers import AutoConfig
+print(json.dumps({
+    "scheduler": Scheduler.__name__,
+    "steps": {name: len(hooks) for name, hooks in _HOOKS.items()},
+    "hooks": {target: len(hooks) for target, hooks in HookRegistry._hooks.items() if "smg" not in str(hooks)},
+    "patched": sorted(HookRegistry._patched),
+    "algorithms": {name: cls.__module__ for name, cls in algo_name_to_cls.items()},
+    "registry imported": registry_imported,
+    "config": type(AutoConfig.for_model("llada2_moe")).__module__,
+}))
+"""
+
+
+def loaded(mode: str) -> dict[str, Any]:
+    """What a fresh process looks like once the host has loaded its plugins."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        env=os.environ | {"SGLANG_LLADA": mode},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.mark.slow
+def test_mode_on_puts_everything_of_ours_in_place_once() -> None:
+    report = loaded("on")
+    assert report["scheduler"] == "LladaScheduler"
+    assert report["algorithms"]["Threshold"] == "sglang_llada.host.algorithm"
+    assert report["algorithms"]["LowConfidence"].startswith("sglang.")  # other architectures use it
+    assert report["config"] == "sglang_llada.llada2.config"
+    assert report["steps"] == {"handle_missing_default_values": 1}
+    assert set(report["hooks"].values()) == {1}
+    assert set(report["hooks"]) <= set(report["patched"])  # the host only logs a hook that finds no target
+    assert not report["registry imported"]  # 3 s in processes that never look a model up
+
+
+@pytest.mark.slow
+def test_mode_off_leaves_the_stock_code_in_place() -> None:
+    report = loaded("off")
+    assert report["scheduler"] == "Scheduler"
+    assert "Threshold" not in report["algorithms"]
+    assert report["config"] == "sglang_llada.host.stock"
+    assert report["steps"] == {"handle_missing_default_values": 1}
+    assert "sglang.srt.dllm.config.DllmConfig.from_server_args" in report["patched"]
+    assert "sglang.srt.model_loader.utils.get_model_architecture" not in report["hooks"]
+
+
+@pytest.mark.parametrize(
+    ("group", "function"),
+    [("sglang.srt.plugins", plugin.register), ("sglang.srt.platforms", plugin.activate)],
+)
+def test_one_entry_point_of_one_name_in_each_group(group: str, function: object) -> None:
+    ours = [e for e in importlib.metadata.entry_points(group=group) if e.dist and e.dist.name == "sglang-llada"]
+    assert [(e.name, e.load()) for e in ours] == [("sglang_llada", function)]
+
+
+def test_unknown_mode_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_LLADA", "maybe")
+    with pytest.raises(SystemExit, match="SGLANG_LLADA is 'maybe'; allowed: 'on' or 'off'"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+    def mismatch() -> None:
+        raise HostMismatch("another release")
+
+    hooked: list[str] = []
+    monkeypatch.setenv("SGLANG_LLADA", mode.value)
+    monkeypatch.setattr(seams, "require", mismatch)
+    for name in ("register_config", "hook_arguments", "prepare_cpu", "hook_model_class", "replace_scheduler"):
+        monkeypatch.setattr(plugin, name, lambda *_, name=name: hooked.append(name))
+    plugin.install.cache_clear()
+    with pytest.raises(SystemExit, match="another release"):
+        plugin.register()
+    assert hooked == []
+
+
+def test_any_other_failure_stops_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(mode: Mode) -> None:
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(plugin, "register_config", fail)
+    plugin.install.cache_clear()
+    with pytest.raises(SystemExit, match="cannot start: ImportError: no such module"):
+        plugin.register()
+
+
+# --- server arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module under test, with the facts of a checkpoint that needs no files."""
+    from sglang_llada.host import arguments
+
+    monkeypatch.setattr(arguments, "facts_of", lambda path, revision: SimpleNamespace(block_size=T, mask_id=MASK))
+    return arguments
+
+
+@pytest.fixture
+def llada2(tmp_path: Path) -> str:
+    """A folder that says it is a LLaDA2 model."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LLaDA2MoeModelLM"]}))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """A folder that says it is another model."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    return str(tmp_path)
+
+
+def filled(arguments: Any, mode: Mode, **given: Any) -> Any:
+    """The host's view of its arguments after ours are filled in."""
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(**given)
+    arguments.fill_in(server_args, mode)
+    return arguments.resolving_view(server_args)
+
+
+def test_model_path_alone_is_enough(arguments: Any, llada2: str) -> None:
+    args = filled(arguments, Mode.ON, model_path=llada2)
+    assert args.dllm_algorithm == "Threshold"
+    assert args.max_running_requests == DEFAULT_MAX_RUNNING_REQUESTS
+    assert args.page_size == T
+
+
+def test_mode_off_serves_the_stock_algorithm(arguments: Any, llada2: str) -> None:
+    args = filled(arguments, Mode.OFF, model_path=llada2)
+    assert args.dllm_algorithm == "LowConfidence"
+    assert args.max_running_requests == DEFAULT_MAX_RUNNING_REQUESTS
+    assert args.page_size is None  # the host sets it
+
+
+def test_what_the_user_sets_stays(arguments: Any, llada2: str) -> None:
+    args = filled(arguments, Mode.ON, model_path=llada2, max_running_requests=3, page_size=T)
+    assert (args.max_running_requests, args.page_size) == (3, T)
+    assert filled(arguments, Mode.OFF, model_path=llada2, dllm_algorithm="JointThreshold").dllm_algorithm == (
+        "JointThreshold"
+    )
+
+
+def test_stock_name_of_our_rule_is_an_alias(arguments: Any, llada2: str) -> None:
+    assert filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm="LowConfidence").dllm_algorithm == "Threshold"
+
+
+def test_other_algorithms_are_refused(arguments: Any, llada2: str) -> None:
+    with pytest.raises(ConfigError, match="'JointThreshold'; allowed: Threshold, LowConfidence"):
+        filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm="JointThreshold")
+
+
+def test_page_size_must_be_the_block_size(arguments: Any, llada2: str) -> None:
+    with pytest.raises(ConfigError, match=f"--page-size is {2 * T}; allowed: {T}"):
+        filled(arguments, Mode.ON, model_path=llada2, page_size=2 * T)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_other_models_pass_untouched(arguments: Any, other: str, mode: Mode) -> None:
+    args = filled(arguments, mode, model_path=other, pp_size=2)
+    assert (args.dllm_algorithm, args.max_running_requests, args.page_size) == (None, None, None)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "s3://bucket/model"])
+def test_a_model_that_cannot_be_read_is_left_to_the_host(
+    arguments: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "fetch_config", lambda repository, revision: {})
+    assert filled(arguments, Mode.ON, model_path=path).dllm_algorithm is None
+
+
+ASKING = {
+    "--pp-size above 1": {"pp_size": 2},
+    "--disaggregation-mode": {"disaggregation_mode": "prefill"},
+    "--speculative-algorithm": {"speculative_algorithm": "EAGLE"},
+    "--enable-lora and --lora-paths": {"enable_lora": True},
+    "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
+    "--enable-lmcache": {"enable_lmcache": True},
+    "--enable-flexkv": {"enable_flexkv": True},
+    "--enable-mixed-chunk": {"enable_mixed_chunk": True},
+    "--no-dllm-fdfo": {"dllm_fdfo": False},
+    "--is-embedding": {"is_embedding": True},
+}
+
+
+def test_every_refusal_is_tested(arguments: Any) -> None:
+    assert set(ASKING) == {refusal.option for refusal in arguments.REFUSALS}
+
+
+@pytest.mark.parametrize("option", ASKING)
+def test_unsupported_options_are_refused_by_name(arguments: Any, llada2: str, option: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        filled(arguments, Mode.ON, model_path=llada2, **ASKING[option])
+    assert option in str(error.value)
+
+
+def test_all_unsupported_options_are_named_at_once(arguments: Any, llada2: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        filled(arguments, Mode.ON, model_path=llada2, pp_size=2, enable_lmcache=True)
+    assert "--pp-size above 1, --enable-lmcache" in str(error.value)
+
+
+def test_mode_off_leaves_refusing_to_the_host(arguments: Any, llada2: str) -> None:
+    assert filled(arguments, Mode.OFF, model_path=llada2, pp_size=2).pp_size == 2
+
+
+@pytest.mark.parametrize(("mode", "ours"), [(Mode.ON, True), (Mode.OFF, False)])
+def test_a_server_is_ours_in_mode_on_only(arguments: Any, llada2: str, mode: Mode, ours: bool) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(model_path=llada2)
+    arguments.fill_in(server_args, mode)
+    assert arguments.is_ours(server_args) is ours
+
+
+@pytest.mark.parametrize("given", [{}, {"dllm_algorithm": "LowConfidence"}])
+def test_a_server_of_another_model_is_not_ours(arguments: Any, other: str, given: dict[str, str]) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(model_path=other, **given)
+    arguments.fill_in(server_args, Mode.ON)
+    assert not arguments.is_ours(server_args)
+
+
+# --- facts of the checkpoint ----------------------------------------------------------------------------------------
+
+
+def corrected(arguments: Any, model_path: str, mode: Mode, **algorithm_config: Any) -> Any:
+    """The host's DllmConfig as its table has it, then corrected."""
+    from sglang.srt.dllm.config import DllmConfig
+    from sglang.srt.server_args import ServerArgs
+
+    block_size = algorithm_config.get("block_size", 32)
+    algorithm = "Threshold" if mode is Mode.ON else "LowConfidence"
+    config = DllmConfig(algorithm, algorithm_config, block_size, 156895, max_running_requests=1)
+    return arguments.correct_facts(config, ServerArgs(model_path=model_path), mode)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_block_size_and_mask_id_come_from_the_checkpoint(arguments: Any, llada2: str, mode: Mode) -> None:
+    config = corrected(arguments, llada2, mode)
+    assert (config.block_size, config.mask_id) == (T, MASK)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_facts_of_other_models_stay(arguments: Any, other: str, mode: Mode) -> None:
+    config = corrected(arguments, other, mode)
+    assert (config.block_size, config.mask_id) == (32, 156895)
+
+
+def test_mode_off_keeps_the_block_size_that_the_user_set(arguments: Any, llada2: str) -> None:
+    assert corrected(arguments, llada2, Mode.OFF, block_size=4).block_size == 4
+
+
+def test_no_diffusion_config_stays_none(arguments: Any, llada2: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    assert arguments.correct_facts(None, ServerArgs(model_path=llada2), Mode.ON) is None
+
+
+def test_decode_parameters_are_checked_at_start(arguments: Any, llada2: str) -> None:
+    with pytest.raises(ConfigError, match="--dllm-algorithm-config: unknown key 'block_size'"):
+        corrected(arguments, llada2, Mode.ON, block_size=4)
+    with pytest.raises(ConfigError, match=f"steps is {T + 1}; allowed: an integer from 1 to {T}"):
+        corrected(arguments, llada2, Mode.ON, steps=T + 1)
+
+
+def test_decode_config_is_what_the_file_says(arguments: Any, llada2: str) -> None:
+    config = arguments.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5))
+    assert (config.algorithm, config.threshold, config.steps) == ("threshold", 0.5, T)

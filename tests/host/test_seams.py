@@ -1,0 +1,203 @@
+"""The seam check: green on the installed host, red on a doctored one, and a server that refuses to start on it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_llada.errors import HostMismatch
+from sglang_llada.host import seams
+from sglang_llada.host.seams import SEAMS, Host, Kind, Seam
+
+pytestmark = pytest.mark.host
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+ARGUMENTS = "sglang.srt.arg_groups.serving_hook"
+
+
+def source_file(module: str, root: Path) -> Path:
+    """Where a host module lies under a host folder."""
+    base = root.joinpath(*module.split(".")[1:])
+    return base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Host:
+    """A host of only those files that the table names, to be doctored."""
+    installed = seams.installed_host()
+    for module in {seam.target.partition(":")[0] for seam in SEAMS}:
+        original = source_file(module, installed.root)
+        target = tmp_path / original.relative_to(installed.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, target)
+    return dataclasses.replace(installed, root=tmp_path)
+
+
+def doctor(host: Host, module: str, old: str, new: str) -> None:
+    """Replace text in one host file; the text must be there."""
+    file = source_file(module, host.root)
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_installed_host_fits() -> None:
+    assert seams.check() == []
+
+
+def test_untouched_copy_fits(copy: Host) -> None:
+    assert seams.check(host=copy) == []
+
+
+def test_targets_are_unique_and_explained() -> None:
+    assert len({seam.target for seam in SEAMS}) == len(SEAMS)
+    assert all(seam.why and seam.until and seam.target.startswith("sglang.") for seam in SEAMS)
+
+
+def test_renamed_function_is_found(copy: Host) -> None:
+    doctor(copy, ARGUMENTS, "def handle_missing_default_values(", "def handle_absent_values(")
+    assert seams.check(host=copy) == [
+        f"{ARGUMENTS}:handle_missing_default_values: handle_missing_default_values is missing from {ARGUMENTS}"
+    ]
+
+
+def test_renamed_class_is_found_in_every_row_of_it(copy: Host) -> None:
+    doctor(copy, SCHEDULER, "class Scheduler(", "class BatchScheduler(")
+    rows = [seam for seam in SEAMS if seam.target.startswith(f"{SCHEDULER}:Scheduler")]
+    assert len(seams.check(host=copy)) == len(rows) >= 2
+
+
+def test_changed_signature_is_found(copy: Host) -> None:
+    doctor(
+        copy, ARGUMENTS, "def handle_missing_default_values(server_args: Any)", "def handle_missing_default_values(cfg)"
+    )
+    assert seams.check(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: is (cfg), expected (server_args)"]
+
+
+def test_missing_module_is_found(copy: Host) -> None:
+    source_file(ARGUMENTS, copy.root).unlink()
+    assert seams.check(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: module {ARGUMENTS} is missing"]
+
+
+def test_function_that_became_a_class_is_found() -> None:
+    assert seams.signature_of(ast.parse("class f: pass").body[0]) == "class"
+
+
+def test_other_release_is_found_even_if_every_row_fits(copy: Host) -> None:
+    assert seams.check(host=dataclasses.replace(copy, version="0.5.24")) == [
+        f"release is 0.5.24, expected {seams.RELEASE}"
+    ]
+
+
+def test_require_lists_every_difference_in_one_message(copy: Host) -> None:
+    doctor(copy, ARGUMENTS, "def handle_missing_default_values(", "def handle_absent_values(")
+    source_file(SCHEDULER, copy.root).unlink()
+    host = dataclasses.replace(copy, version="0.6.0")
+    with pytest.raises(HostMismatch) as error:
+        seams.require(host=host)
+    assert len(seams.check(host=host)) >= 4
+    assert all(difference in str(error.value) for difference in seams.check(host=host))
+    assert f"Install sglang=={seams.RELEASE}" in str(error.value)
+
+
+def test_a_mismatch_passes_through_the_handlers_of_the_host() -> None:
+    assert not issubclass(HostMismatch, Exception)
+    assert issubclass(HostMismatch, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("source", "signature"),
+    [
+        ("def f(): pass", "()"),
+        ("def f(a, b: int = 3, *, c: str = 'x', **rest) -> None: pass", "(a, b, *, c, **rest)"),
+        ("def f(a, /, b, *args, c): pass", "(a, /, b, *args, c)"),
+        ("async def f(self): pass", "async (self)"),
+        ("@staticmethod\ndef f(a): pass", "(a)"),
+        ("class f(Base): pass", "class"),
+        ("f = 3", "value"),
+        ("f: int", "value"),
+    ],
+)
+def test_signatures_have_one_form(source: str, signature: str) -> None:
+    found = seams.find(ast.parse(source), ["f"])
+    assert found is not None
+    assert seams.signature_of(found) == signature
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "signature"),
+    [
+        ("def f(a): pass\ndef f(b): pass", "f", "(b)"),
+        ("if x:\n    def f(a): pass\nelse:\n    f = None", "f", "value"),
+        ("try:\n    f = 1\nexcept ImportError:\n    def f(): pass", "f", "()"),
+        ("class C:\n    class D:\n        def f(self): pass", "C.D.f", "(self)"),
+        ("class C:\n    def g(self):\n        self.f = 1", "C.f", "value"),
+        ("class C:\n    def g(self):\n        self.f, x = 1, 2", "C.f", "value"),
+    ],
+)
+def test_names_are_found_where_python_would_bind_them(source: str, name: str, signature: str) -> None:
+    found = seams.find(ast.parse(source), name.split("."))
+    assert found is not None
+    assert seams.signature_of(found) == signature
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("class C:\n    def g(self):\n        x = self.f", "C.f"),
+        ("class C:\n    def g(self):\n        f = 1", "C.f"),
+        ("def g():\n    f = 1", "f"),
+        ("class C(Base): pass", "C.f"),
+    ],
+)
+def test_names_that_are_only_read_or_local_are_not_found(source: str, name: str) -> None:
+    assert seams.find(ast.parse(source), name.split(".")) is None
+
+
+def test_rows_can_be_checked_without_the_table(copy: Host) -> None:
+    row = Seam("sglang.srt.dllm.config:DllmConfig.nothing", Kind.USE, "(self)", "why", "until")
+    assert seams.check([row], copy) == [f"{row.target}: DllmConfig.nothing is missing from sglang.srt.dllm.config"]
+
+
+@pytest.mark.slow
+def test_server_refuses_to_start_on_a_doctored_host(tmp_path: Path) -> None:
+    overlay(tmp_path, seams.installed_host().root, Path("srt/arg_groups/serving_hook.py"))
+    doctor(
+        Host(seams.RELEASE, tmp_path / "sglang"),
+        ARGUMENTS,
+        "def handle_missing_default_values(",
+        "def handle_absent_values(",
+    )
+    server = subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--model-path", str(tmp_path / "no-model")],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert server.returncode == 1
+    assert "the installed SGLang is not the release that it was written for" in server.stderr
+    assert f"handle_missing_default_values is missing from {ARGUMENTS}" in server.stderr
+    assert "no-model" not in server.stderr  # it never came to look for the model
+
+
+def overlay(folder: Path, package: Path, changed: Path) -> None:
+    """A package under `folder` made of links to the installed one, with a real copy of one file."""
+    inner = folder / package.name
+    inner.mkdir()
+    if len(changed.parts) == 1:
+        shutil.copyfile(package / changed, inner / changed)
+    else:
+        overlay(inner, package / changed.parts[0], Path(*changed.parts[1:]))
+    for child in package.iterdir():
+        if child.name not in (changed.parts[0], "__pycache__"):
+            (inner / child.name).symlink_to(child)

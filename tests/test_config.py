@@ -1,0 +1,126 @@
+"""The mode and the decode parameters: defaults, ranges at their edges, and what messages say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sglang_llada import config
+from sglang_llada.config import DecodeConfig, Mode
+from sglang_llada.errors import ConfigError
+
+T = 32
+
+
+@pytest.fixture
+def base() -> DecodeConfig:
+    return DecodeConfig.defaults(T)
+
+
+@pytest.mark.parametrize(("environ", "mode"), [({}, Mode.ON), ({"SGLANG_LLADA": ""}, Mode.ON)])
+def test_mode_is_on_unless_said_otherwise(environ: dict[str, str], mode: Mode) -> None:
+    assert config.read_mode(environ) is mode
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_mode_is_read_by_its_name(mode: Mode) -> None:
+    assert config.read_mode({"SGLANG_LLADA": mode.value}) is mode
+
+
+@pytest.mark.parametrize("value", ["ON", "1", "true", " off"])
+def test_unknown_mode_names_value_and_allowed(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"SGLANG_LLADA is '{value}'; allowed: 'on' or 'off'"):
+        config.read_mode({"SGLANG_LLADA": value})
+
+
+def test_defaults_take_steps_from_the_block_size(base: DecodeConfig) -> None:
+    assert base == DecodeConfig(algorithm="threshold", block_size=T, threshold=0.95, steps=T)
+    assert DecodeConfig.defaults(8).steps == 8
+
+
+def test_unknown_algorithm_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'greedy'; allowed: threshold"):
+        DecodeConfig.defaults(T, "greedy")
+
+
+def test_every_algorithm_has_defaults_within_its_ranges() -> None:
+    for algorithm, parameters in config.ALGORITHMS.items():
+        made = DecodeConfig.defaults(T, algorithm)
+        assert made.replaced({p.name: getattr(made, p.name) for p in parameters}) == made
+        assert made.steps <= T  # progress: a bound on the steps of a block
+
+
+def test_replaced_changes_only_what_is_named(base: DecodeConfig) -> None:
+    assert base.replaced({"threshold": 0.5}) == dataclasses.replace(base, threshold=0.5)
+    assert base.replaced({"steps": 4}) == dataclasses.replace(base, steps=4)
+    assert base.threshold == 0.95
+
+
+@pytest.mark.parametrize("mapping", [None, {}])
+def test_empty_mapping_changes_nothing(base: DecodeConfig, mapping: dict[str, object] | None) -> None:
+    assert base.replaced(mapping) is base or base.replaced(mapping) == base
+
+
+def test_request_is_laid_over_the_server(base: DecodeConfig) -> None:
+    server = base.replaced({"threshold": 0.8, "steps": 16}, "--dllm-algorithm-config")
+    assert server.replaced({"steps": 2}) == dataclasses.replace(base, threshold=0.8, steps=2)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [{"threshold": 0}, {"threshold": 0.0}, {"threshold": 1}, {"threshold": 1.0}, {"steps": 1}, {"steps": T}],
+)
+def test_edges_of_the_ranges_are_allowed(base: DecodeConfig, mapping: dict[str, float]) -> None:
+    made = base.replaced(mapping)
+    assert isinstance(made.threshold, float)
+    assert isinstance(made.steps, int)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None, True, [0.5]])
+def test_threshold_outside_its_range_is_refused(base: DecodeConfig, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        base.replaced({"threshold": value})
+    assert f"threshold is {value!r}; allowed: a number from 0.0 to 1.0" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, T + 1, 4.0, "4", None, False])
+def test_steps_outside_their_range_are_refused(base: DecodeConfig, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        base.replaced({"steps": value})
+    assert f"steps is {value!r}; allowed: an integer from 1 to {T}" in str(error.value)
+
+
+def test_unknown_keys_are_named_with_the_allowed_ones(base: DecodeConfig) -> None:
+    with pytest.raises(ConfigError) as error:
+        base.replaced({"threshold": 0.5, "treshold": 0.5, "block_size": 4}, "--dllm-algorithm-config")
+    assert str(error.value) == (
+        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps"
+    )
+
+
+@pytest.mark.parametrize("value", [0.5, "threshold", ["threshold"]])
+def test_what_is_no_mapping_is_refused(base: DecodeConfig, value: object) -> None:
+    with pytest.raises(ConfigError, match="custom_params: got .* needed is a mapping"):
+        base.replaced(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["Threshold", "LowConfidence"])
+def test_flag_and_its_alias_mean_one_algorithm(flag: str) -> None:
+    assert config.algorithm_of_flag(flag) == "threshold"
+
+
+def test_unknown_flag_names_the_allowed_ones() -> None:
+    with pytest.raises(ConfigError, match="--dllm-algorithm is 'JointThreshold'; allowed: Threshold, LowConfidence"):
+        config.algorithm_of_flag("JointThreshold")
+
+
+def test_every_flag_means_a_known_algorithm() -> None:
+    assert set(config.FLAGS.values()) <= set(config.ALGORITHMS)
+    assert config.DEFAULT_FLAG in config.FLAGS
+
+
+def test_every_decode_rule_has_parameters_and_the_other_way_round() -> None:
+    from sglang_llada import decode
+
+    assert set(decode.ALGORITHMS) == set(config.ALGORITHMS)
