@@ -57,6 +57,7 @@ def install(mode: Mode) -> None:
 
         register_algorithms()
         hook_model_class()
+        hook_sampling_defaults()
         replace_scheduler()
 
 
@@ -75,7 +76,7 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.arguments import fill_in_platform, correct_facts, fill_in
+    from sglang_llada.host.arguments import correct_facts, fill_in, fill_in_platform
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
         fill_in_platform(server_args)
@@ -111,6 +112,16 @@ def register_model_class(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
+
+
+def hook_sampling_defaults() -> None:
+    """A chat request that names no temperature is decoded greedily."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.arguments import default_to_greedy
+
+    target = "sglang.srt.configs.model_config.ModelConfig.get_default_sampling_params"
+    HookRegistry.register(target, default_to_greedy, HookType.AFTER)
 
 
 def replace_scheduler() -> None:

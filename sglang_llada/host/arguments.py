@@ -7,6 +7,7 @@ serve is refused in one message that lists every such option.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,6 +45,8 @@ REFUSALS = (
     Refusal("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
+    Refusal("--enable-dp-attention", lambda a: a.enable_dp_attention),
+    Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
 )
 
 
@@ -88,7 +91,16 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         refuse_unsupported(args)
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
         chosen["page_size"] = page_size(args)
+        # FlashInfer's ragged path attends before it writes; rows of one request in one forward need the reverse.
+        os.environ.setdefault("SGLANG_FLASHINFER_USE_PAGED", "1")
     declare_resolution(server_args, "sglang_llada", **chosen)
+
+
+def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """The host's sampling defaults of a model, greedy where a LLaDA2 checkpoint says nothing: it is decoded so."""
+    if ARCHITECTURE in (model_config.hf_config.architectures or []):
+        return {"temperature": 0.0, **defaults}
+    return defaults
 
 
 def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:

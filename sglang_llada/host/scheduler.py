@@ -37,9 +37,9 @@ from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, stop_ids, why_refused
+from sglang_llada.host.arguments import decode_config, facts_of, is_ours
 from sglang_llada.host.executor import Decision, Executor, InFlight
 from sglang_llada.host.streaming import LladaOutputStreamer
-from sglang_llada.llada2.checkpoint import read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,16 @@ class LladaScheduler(Scheduler):
 
     # --- construction -----------------------------------------------------------------------------------------------
 
+    def __new__(cls, server_args: Any, port_args: Any) -> Any:
+        """This class stands in for the host's whatever the model; one that is not ours gets the host's."""
+        return super().__new__(cls) if is_ours(server_args) else cls.__base__(server_args, port_args)
+
     def init_diffusion_llm(self) -> None:
         """Called by the host once its pools exist."""
         super().init_diffusion_llm()
-        facts = read_facts(self.server_args.model_path)
+        facts = facts_of(self.server_args.model_path, self.server_args.revision)
         self.facts = facts
-        self.defaults = DecodeConfig.defaults(facts.block_size).replaced(
-            self.dllm_config.algorithm_config, "--dllm-algorithm-config"
-        )
+        self.defaults = decode_config(self.dllm_config)
         self.table = Table()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.in_flight: InFlight | None = None

@@ -1,0 +1,102 @@
+"""Fixtures of tests that need a running server with the trained checkpoint, and the answers it must give."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from examples.tiny_llada2.tasks import examples
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate
+from sglang_llada.llada2.weights import load_reference
+from tests.host.serving import Server, serving
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llada2"
+PROMPTS, NEW_TOKENS = 200, 40
+CLOSE = 1e-4  # a decision this near to another one may go either way in floating point
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A prompt and the reference's answer to it."""
+
+    prompt: list[int]
+    want: Generation
+
+    @property
+    def close_call(self) -> bool:
+        """Whether some decision was too near to call."""
+        return min(self.want.margins) < CLOSE
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The trained checkpoint's tokenizer."""
+    return PreTrainedTokenizerFast.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def facts() -> CheckpointFacts:
+    """What the trained checkpoint says of itself."""
+    return read_facts(TINY)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Llada2ForDiffusion:
+    """The trained checkpoint in the reference network, fp32."""
+    return load_reference(TINY)
+
+
+@pytest.fixture(scope="session")
+def cases(
+    tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts, reference: Llada2ForDiffusion
+) -> list[Case]:
+    """Held-out prompts of 1 to 1,500 tokens, decoded by the reference once for all tests."""
+    torch.set_num_threads(1)
+    lengths = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 1500]
+    rng = random.Random(0)
+    while len(lengths) < PROMPTS:
+        lengths.append(int(1500 ** rng.random()))
+    return [
+        Case(
+            prompt,
+            generate(reference, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids),
+        )
+        for prompt in held_out_prompts(tokenizer, lengths)
+    ]
+
+
+def held_out_prompts(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> Iterator[list[int]]:
+    """For each length the end of a chat that asks a held-out question after as many others as it takes."""
+    source = examples(1, held_out=True)
+    for length in lengths:
+        ids: list[int] = []
+        earlier: list[dict[str, str]] = []
+        while len(ids) < length:
+            example = next(source)
+            ids = tokenizer.apply_chat_template(
+                [*earlier, *example.messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            earlier += [*example.messages, {"role": "assistant", "content": example.answer}]
+        yield ids[-length:]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The plain host command on the trained checkpoint."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(TINY, log, "--enable-cache-report") as running:
+        yield running
+
+
+def held_out_questions(count: int, seed: int = 2) -> list[tuple[list[dict[str, str]], str]]:
+    """Messages and answers of held-out questions, the tasks in turn."""
+    found = itertools.islice(examples(seed, held_out=True), count)
+    return [(example.messages, example.answer) for example in found]

@@ -1,0 +1,137 @@
+"""A real server in a child process, spoken to over HTTP, and what the reference says it must answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+START_SECONDS = 280
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def generate(self, input_ids: list[int], max_new_tokens: int, **options: Any) -> dict[str, Any]:
+        """One greedy request to /generate; further sampling parameters as `options`."""
+        reply = self.post(
+            "/generate",
+            {
+                "input_ids": input_ids,
+                "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, **options},
+            },
+        )
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def generate_all(self, prompts: list[list[int]], max_new_tokens: int, at_once: int) -> list[dict[str, Any]]:
+        """Many requests, `at_once` at a time; answers in the order of the prompts."""
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda ids: self.generate(ids, max_new_tokens), prompts))
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> requests.Response:
+        """POST a JSON body."""
+        return requests.post(self.url + path, json=body or {}, timeout=200, **options)
+
+    def flush(self) -> None:
+        """Empty the prefix cache; fails unless the server is idle."""
+        deadline = time.monotonic() + 20
+        while not (reply := self.post("/flush_cache")).ok:
+            assert time.monotonic() < deadline, reply.text
+            time.sleep(0.2)
+
+    def load(self) -> dict[str, Any]:
+        """What the scheduler says of itself."""
+        return requests.get(self.url + "/v1/loads", timeout=20).json()["loads"][0]
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> tuple[subprocess.Popen[bytes], str]:
+    """Start the plain host command on a free port; returns the process and the server's address."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *args]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})},
+            start_new_session=True,
+        )
+    return process, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready; ended with Ctrl-C, after which none of its processes may be left."""
+    process, url = launch(model, log, *args, env=env)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None, f"the server ended with {process.returncode}:\n{tail(log)}"
+            assert time.monotonic() < deadline, f"the server is not ready:\n{tail(log)}"
+            try:
+                if requests.get(url + "/health_generate", timeout=20).ok:
+                    break
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        yield Server(url, process, log)
+        assert process.poll() is None, f"the server ended by itself:\n{tail(log)}"
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C, then make sure that the whole session is gone."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError("the server survived Ctrl-C for 30 seconds") from None
+    left = session_members(process.pid)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"processes outlived the server: {left}"
+
+
+def session_members(session: int, patience: float = 10) -> list[int]:
+    """Processes of a session that do not end within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        out = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True).stdout
+        alive = [int(pid) for pid, state in (line.split() for line in out.splitlines()) if not state.startswith("Z")]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.2)
+
+
+def tail(log: Path, characters: int = 3000) -> str:
+    """The end of a server's log."""
+    return log.read_text(errors="replace")[-characters:]

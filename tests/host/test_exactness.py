@@ -1,0 +1,97 @@
+"""Served output equals the reference decode token for token, whatever happens around a request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.host.conftest import NEW_TOKENS, TINY, Case
+from tests.host.serving import Server, serving
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose KV pool holds two or three of the long prompts and whose forwards have 8 rows."""
+    log = tmp_path_factory.mktemp("tight") / "log"
+    args = ("--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01")
+    with serving(TINY, log, *args, env={"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}) as running:
+        yield running
+
+
+def compare(cases: list[Case], answers: list[dict[str, Any]], how: str) -> None:
+    """Every answer is the reference's; close calls are counted and set apart."""
+    wrong, close = [], 0
+    for case, answer in zip(cases, answers, strict=True):
+        if case.close_call:
+            close += 1
+            continue
+        meta = answer["meta_info"]
+        same = (
+            answer["output_ids"] == case.want.token_ids
+            and meta["finish_reason"]["type"] == case.want.finish
+            and meta["completion_tokens"] == len(case.want.token_ids)
+            and (meta["num_retractions"] > 0 or sum(meta["dllm_forward_counts"]) == case.want.forwards)
+        )
+        if not same:
+            wrong.append((len(case.prompt), answer["output_ids"], case.want.token_ids))
+    print(f"{how}: {len(cases) - close - len(wrong)} exact, {close} close calls set apart, {len(wrong)} wrong")
+    assert not wrong, wrong[:3]
+    assert close < len(cases) // 10
+
+
+def test_one_at_a_time_from_a_cold_cache(server: Server, cases: list[Case]) -> None:
+    server.flush()
+    compare(cases, [server.generate(case.prompt, NEW_TOKENS) for case in cases], "one at a time")
+
+
+def test_thirty_two_at_once_from_a_cold_cache(server: Server, cases: list[Case]) -> None:
+    server.flush()
+    compare(cases, server.generate_all([c.prompt for c in cases], NEW_TOKENS, 32), "32 at once, cold")
+
+
+def test_random_order_with_aborts_and_a_warm_cache(server: Server, cases: list[Case]) -> None:
+    rng = random.Random(3)
+    shuffled = rng.sample(cases, len(cases))
+    doomed = [rng.choice(cases).prompt for _ in range(60)]
+
+    def abort(number: int) -> None:
+        rid = f"doomed-{number}"
+        body = {
+            "input_ids": doomed[number],
+            "rid": rid,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True},
+        }
+        with ThreadPoolExecutor(1) as one:
+            reply = one.submit(server.post, "/generate", body)
+            server.process.poll()
+            threading_pause(rng)
+            server.post("/abort_request", {"rid": rid})
+            reply.result()
+
+    with ThreadPoolExecutor(3) as killers:
+        aborted = [killers.submit(abort, n) for n in range(len(doomed))]
+        answers = server.generate_all([c.prompt for c in shuffled], NEW_TOKENS, 29)
+        for each in aborted:
+            each.result()
+    compare(shuffled, answers, "random order, aborts, warm cache")
+
+
+def threading_pause(rng: random.Random) -> None:
+    import time
+
+    time.sleep(rng.choice([0, 0.01, 0.05, 0.2]))
+
+
+def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case]) -> None:
+    """Requests are retracted and go on, and prompts are split over forwards."""
+    answers = tight.generate_all([c.prompt for c in cases], NEW_TOKENS, 32)
+    compare(cases, answers, "small pool, 8 rows")
+    retracted = sum(answer["meta_info"]["num_retractions"] for answer in answers)
+    print(f"retractions: {retracted}")
+    assert retracted > 0, "the pool was never full, so nothing was shown"
