@@ -96,11 +96,6 @@ def enumerate_numbers(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def echo(rng: random.Random) -> tuple[str, str]:
-    text = " ".join(word(rng, 2, 3) for _ in range(rng.randint(4, 10)))
-    return rng.choice([f"Repeat: {text}", f"Say this again: {text}"]), text
-
-
 QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "arithmetic": arithmetic,
     "sort": sort,
@@ -109,7 +104,6 @@ QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "spell": spell,
     "json": record,
     "enumerate": enumerate_numbers,
-    "echo": echo,
 }
 
 
@@ -150,12 +144,17 @@ def recall(rng: random.Random) -> Example:
 TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) for task in QUESTIONS}, "recall": recall}
 
 
+# How often training sees each task; the others count once. These take longest to learn.
+EMPHASIS = {"arithmetic": 3, "count": 3, "sort": 2}
+
+
 def examples(seed: int, *, held_out: bool) -> Iterator[Example]:
-    """Endless examples of one side of the split, the tasks in turn."""
+    """Endless examples of one side of the split: the tasks in turn for judging, with emphasis for training."""
     rng = random.Random(f"{seed}/{held_out}")
+    turns = list(TASKS) if held_out else [task for task in TASKS for _ in range(EMPHASIS.get(task, 1))]
     while True:
-        for make in TASKS.values():
-            example = make(rng)
+        for task in turns:
+            example = TASKS[task](rng)
             while example.held_out != held_out:
-                example = make(rng)
+                example = TASKS[task](rng)
             yield example

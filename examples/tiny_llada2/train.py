@@ -24,12 +24,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerFast
 
 from examples.tiny_llada2 import tokenizer as tokenizers
 from examples.tiny_llada2.tasks import Example, examples
 from sglang_llada.llada2 import reference
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.reference import Llada2ForDiffusion, MoE
+from sglang_llada.llada2.weights import load_reference
 
 FUSED = SDPBackend.FLASH_ATTENTION
 COPIES = 2  # noised copies of an answer per clean context
@@ -175,7 +177,8 @@ class Data:
 
     def _noise(self, tokens: Tensor, given: int) -> tuple[Tensor, Tensor]:
         blocks = len(tokens) // self.size
-        ratio = torch.rand(blocks, generator=self.noise).clamp(min=0.05).repeat_interleave(self.size)
+        # More often nearly everything than nearly nothing: answers are short, and decoding starts from all masks.
+        ratio = torch.rand(blocks, generator=self.noise).sqrt().clamp(min=0.05).repeat_interleave(self.size)
         hidden = torch.rand(len(tokens), generator=self.noise) < ratio
         hidden[:given] = False
         return tokens.masked_fill(hidden, self.mask_id), tokens.masked_fill(~hidden, -100)
@@ -253,21 +256,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6144, help="positions of a batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from, with a fresh optimiser and a new seed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     compile_elementwise()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = tokenizers.save(args.out)
+    if args.resume:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
+        tokenizer.save_pretrained(args.out)
+    else:
+        tokenizer = tokenizers.save(args.out)
     mask_id, fill_id = tokenizer.mask_token_id, tokenizer.eos_token_id
     end_id = tokenizer.convert_tokens_to_ids("<|role_end|>")
     config = make_config(len(tokenizer), mask_id, end_id, fill_id)
-    model = Llada2ForDiffusion(config)
+    model = load_reference(args.resume).train() if args.resume else Llada2ForDiffusion(config)
+    if not args.resume:
+        initialise(model)
     for layer in model.model.layers:
         if isinstance(layer.mlp, MoE):
             layer.mlp = FusedExperts(layer.mlp)
-    initialise(model)
     fused = [m for m in model.modules() if isinstance(m, FusedExperts)]
 
     named = dict(model.named_parameters())

@@ -62,9 +62,14 @@ def fill_in_platform(server_args: Any) -> None:
     if not isinstance(current_platform, CpuPlatform):
         return
     args = resolving_view(server_args)
+    # One core stays free for the server's other processes: torch's threads wait for the slowest of them. Read by the
+    # schedulers, which are started after this.
+    spare = max(len(os.sched_getaffinity(0)) - 1, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(spare // args.tp_size, 1)))
     declare_resolution(
         server_args,
         "sglang_llada",
+        sleep_on_idle=True,  # the host's idle loop would keep a core busy
         device=current_platform.device_type,
         disable_cuda_graph=True,
         attention_backend=args.attention_backend or ATTENTION_BACKEND,

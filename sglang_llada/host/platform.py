@@ -6,7 +6,6 @@ alone. It serves the stock classes as well as ours.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -40,4 +39,3 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_llada.host import cpu_attention
 
         cpu_attention.register()
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "all")

@@ -236,7 +236,7 @@ class LladaScheduler(Scheduler):
             self.table.readmit(req.rid, req.prefix_len)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
-            self._ensure_pages(req, request.block.start + (self.facts.block_size if request.wants_decode else 0))
+            self._ensure_pages(req, request.block.start + self.facts.block_size)
             if not req.retracted_stain:
                 req.cached_tokens = req.cached_tokens_device = req.prefix_len
             self.processed_tokens_counter += request.block.start - request.filled

@@ -9,10 +9,12 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang_llada.blocks import Table
 
 FORWARD_COUNTS = "dllm_forward_counts"
+NFE = "dllm_nfe"
 
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
-    """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer, in order.
+    """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer, in order; and with the last
+    output `meta_info["dllm_nfe"]`: a list of one number, the forwards that the request took part in at all.
 
     The host's tokenizer process appends what each output brings, so a block is reported once, when it is decided or
     the request ends.
@@ -22,9 +24,9 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
     table: Table  # set by the scheduler right after construction
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """Forward counts of the blocks decided since the last output, one list per request."""
-        return {FORWARD_COUNTS: [self._news(req) for req in reqs]}
-
-    def _news(self, req: Any) -> list[int]:
-        request = self.table.get(req.rid)
-        return [] if request is None else request.report_steps(ended=req.finished())
+        """What there is to say of each request since its last output; nothing of those that were never admitted."""
+        known = [(self.table.get(req.rid), req.finished()) for req in reqs]
+        return {
+            FORWARD_COUNTS: [[] if r is None else r.report_steps(ended=ended) for r, ended in known],
+            NFE: [[] if r is None or not ended else [r.forwards] for r, ended in known],
+        }

@@ -104,7 +104,8 @@ class Ledger:
     def _wanted(self, name: str) -> Shape | None:
         if self.block is not None and name.endswith("." + SCALE):
             weight = self.shapes.get(name.removesuffix(SCALE) + "weight")
-            if weight is None or len(weight) != 2:
+            # embeddings, head and router are never quantised
+            if weight is None or len(weight) != 2 or not name.startswith("model.layers.") or ".mlp.gate." in name:
                 return None
             return tuple(-(-size // block) for size, block in zip(weight, self.block, strict=True))
         return self.shapes.get(name)
@@ -152,6 +153,8 @@ def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Llad
         model = Llada2ForDiffusion(config)
     ledger, state = Ledger(config), {}
     for name, tensor in canonical(read_tensors(folder)):
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue  # some tied checkpoints store the embedding twice
         if ledger.tick(name, tensor.shape):
             state[name] = tensor.float() if ".mlp.gate." in name else tensor.to(dtype)
     ledger.close()
