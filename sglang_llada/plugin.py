@@ -81,7 +81,10 @@ def hook_arguments(mode: Mode) -> None:
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
         fill_in_platform(server_args)
         previous(server_args)
-        fill_in(server_args, mode)
+        try:
+            fill_in(server_args, mode)
+        except ConfigError as error:
+            raise SystemExit(f"sglang-llada: {error}") from None
 
     def correct(config: Any, server_args: Any) -> Any:
         return correct_facts(config, server_args, mode)

@@ -21,6 +21,7 @@ from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAG
 from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE
+from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
 
@@ -94,6 +95,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
+        if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
+            check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
         chosen["page_size"] = page_size(args)
         # FlashInfer's ragged path attends before it writes; rows of one request in one forward need the reverse.

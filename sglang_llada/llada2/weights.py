@@ -130,19 +130,41 @@ def quantisation_block(config: Any) -> tuple[int, int] | None:
     return None if block is None else (int(block[0]), int(block[1]))
 
 
+def check_files(folder: Path) -> None:
+    """Raise ConfigError unless a folder's tensors are those that its config.json asks for; reads no weights."""
+    config = read_config(folder)
+    ledger = Ledger(config, quantisation_block(config))
+    for name, tensor in canonical(_headers(folder)):
+        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+            ledger.tick(name, tensor.shape)
+    ledger.close()
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint folder, from its safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder}: there are no .safetensors files")
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 yield name, tensors.get_tensor(name)
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """As read_tensors, without their data."""
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise ConfigError(f"{folder}: there are no .safetensors files")
+    return [folder / name for name in names]
 
 
 def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Llada2ForDiffusion:

@@ -14,6 +14,8 @@ import pytest
 from tests.host.conftest import NEW_TOKENS, TINY, Case
 from tests.host.serving import Server, serving
 
+CONTEXT = 2080
+
 pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 
 
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose KV pool holds two or three of the long prompts and whose forwards have 8 rows."""
     log = tmp_path_factory.mktemp("tight") / "log"
-    args = ("--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01")
+    args = ("--context-length", str(CONTEXT), "--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01")
     with serving(TINY, log, *args, env={"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}) as running:
         yield running
 
@@ -101,3 +103,12 @@ def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case]) -
     retracted = sum(answer["meta_info"]["num_retractions"] > 0 for answer in answers)
     print(f"requests that were retracted: {retracted}")
     assert retracted > 0, "the pool was never full, so nothing was shown"
+
+
+def test_the_longest_prompt_is_served_and_a_longer_one_refused_with_the_numbers(tight: Server) -> None:
+    limit = CONTEXT - 1 - 5 - 32  # the host's reserve, and one block
+    out = tight.generate([70 + i % 9 for i in range(limit - 1)], 2, ignore_eos=True)
+    assert len(out["output_ids"]) == 2
+    reply = tight.post("/generate", {"input_ids": [70] * limit, "sampling_params": {"temperature": 0}})
+    assert reply.status_code == 400
+    assert str(limit) in reply.text

@@ -97,15 +97,6 @@ def test_n_samples_of_a_greedy_request_are_equal(server: Server) -> None:
     assert len(outs) == 3 and len({tuple(out["output_ids"]) for out in outs}) == 1
 
 
-def test_the_longest_prompt_is_served_and_a_longer_one_refused_with_the_numbers(server: Server) -> None:
-    limit = 32768 - 1 - 5 - 32  # the host's reserve, and one block
-    out = server.generate([70 + i % 9 for i in range(limit - 1)], 2, ignore_eos=True)
-    assert len(out["output_ids"]) == 2
-    reply = server.post("/generate", {"input_ids": [70] * limit, "sampling_params": {"temperature": 0}})
-    assert reply.status_code == 400
-    assert str(limit) in reply.text
-
-
 def test_stop_token_ids_and_stop_strings_end_inside_a_block(server: Server) -> None:
     text = "<role>HUMAN</role>Count from 12 to 24.<|role_end|><role>ASSISTANT</role>"
     ask = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 64}}
