@@ -1,4 +1,4 @@
-"""Whether our CPU platform should serve this process. Imports nothing of the host, which may be half imported itself."""
+"""Whether our CPU platform should serve this process. Imports nothing of the host, which may be half imported."""
 
 from __future__ import annotations
 

@@ -71,12 +71,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(path: Path, *, seed: int = 0, **overrides: Any) -> Llada2ForDiffusion:
-    """Write a checkpoint folder; returns the network that it holds."""
+    """Write a checkpoint folder; returns the network that it holds. Tied embeddings are stored once."""
     path.mkdir(parents=True, exist_ok=True)
     config = make_config(**overrides)
     model = make_model(config, seed)
     config.save_pretrained(path)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path / "model.safetensors", {"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
     make_tokenizer().save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [TURN_END, EOS], "temperature": 0.0}))
     return model

@@ -55,9 +55,7 @@ def by_reference(checkpoint: Path) -> Answerer:
     model, facts = load_reference(checkpoint), read_facts(checkpoint)
 
     def answer(prompt: list[int], threshold: float) -> Answer:
-        out = generate(
-            model, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids, threshold=threshold
-        )
+        out = generate(model, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids, threshold=threshold)
         return Answer(out.token_ids, out.forwards)
 
     return answer

@@ -131,7 +131,10 @@ FACTS: dict[str, list[str]] = {"color": COLORS, "animal": ANIMALS, "city": CITIE
 def recall(rng: random.Random) -> Example:
     """A fact of an earlier turn, asked for after something else was talked about."""
     told = {kind: rng.choice(FACTS[kind]) for kind in rng.sample(list(FACTS), rng.randint(1, 2))}
-    said = " ".join(f"My favorite {kind} is {value}." if kind != "friend" else f"My friend is {value}." for kind, value in told.items())
+    said = " ".join(
+        f"My favorite {kind} is {value}." if kind != "friend" else f"My friend is {value}."
+        for kind, value in told.items()
+    )
     kind = rng.choice(list(told))
     between = []
     for _ in range(rng.randint(0, 2)):

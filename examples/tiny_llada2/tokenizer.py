@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny checkpoint: byte-level, about a hundred whole words, LLaDA2's special tokens and template."""
+"""The tokenizer of the tiny checkpoint: byte-level, some hundred whole words, LLaDA2's special tokens and template."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def _words() -> list[str]:
     kept: list[str] = []
     for example in itertools.islice(examples(0, held_out=False), 4000):
         for message in example.messages:
-            words = [w for w in message["content"].split(" ") if not any(len(p) > 1 and p.isupper() for p in [w.strip(".?:")])]
+            words = [
+                w
+                for w in message["content"].split(" ")
+                if not any(len(p) > 1 and p.isupper() for p in [w.strip(".?:")])
+            ]
             kept.append(" ".join(words))
     json_parts = [f'{{"name": "{n}", "age": 1, "city": "{c}"}}' for n in NAMES for c in CITIES]
     return kept + json_parts * 3

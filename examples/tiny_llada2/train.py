@@ -280,7 +280,9 @@ def main() -> None:
     fused = [m for m in model.modules() if isinstance(m, FusedExperts)]
 
     named = dict(model.named_parameters())
-    hidden = [p for n, p in named.items() if p.dim() >= 2 and "embed" not in n and "head" not in n and "mlp.gate.w" not in n]
+    hidden = [
+        p for n, p in named.items() if p.dim() >= 2 and "embed" not in n and "head" not in n and "mlp.gate.w" not in n
+    ]
     others = [p for p in named.values() if all(p is not h for h in hidden)]
     muon, adam = Muon(hidden), torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 

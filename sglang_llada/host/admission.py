@@ -18,7 +18,7 @@ TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """`asks` tells whether a request wants what we do not do; `sentence` gets the request as `r` and its parameters as `p`."""
+    """`asks` tells whether a request wants what we do not do; `sentence` is formatted with request `r`, parameters `p`."""
 
     asks: Callable[[Any, Any], Any]
     sentence: str
@@ -39,7 +39,8 @@ REFUSALS = (
     Refusal(lambda r, p: r.custom_logit_processor, "custom_logit_processor is not supported"),
     Refusal(
         lambda r, p: p.json_schema or p.regex or p.ebnf or p.structural_tag,
-        "structured output (json_schema, regex, ebnf, structural_tag, response_format, required tools) is not supported",
+        "structured output (json_schema, regex, ebnf, structural_tag, response_format, required tools) "
+        "is not supported",
     ),
     Refusal(
         lambda r, p: r.return_logprob, "log-probabilities are not supported; send return_logprob or logprobs false"

@@ -4,30 +4,62 @@ A row is `extend_seq_lens[i]` queries of one request that end at `seq_lens[i]`. 
 the pool before any row reads, so rows of one request may share a forward. Layers that are not causal (block diffusion)
 let each query see [0, seq_lens[i]); causal layers let it see up to its own position.
 
-Rows are joined into *spans* when the next row continues the same request: a prompt's blocks are gathered once and run
-as one attention with a block-causal mask, not block by block. Spans of one query count and one KV length run as one
-batch. Nothing is padded, so a row's result does not depend on its neighbours beyond the order of summation.
+Rows are joined into *spans* when the next row continues the same request: the KV of a prompt is gathered once, and each
+of its rows attends to a slice of it. Spans of one query count and one KV length run as one batch. Nothing is padded and
+rows need no mask, so a row's result does not depend on its neighbours beyond the order of summation. (One attention
+over a whole span with a block-causal mask was more than twice as slow: it computes what the mask then hides.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
+from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND
+
+CAUSAL_CHUNK = 256  # queries that share a mask; a whole prompt's mask would be length x length
 
 
 def register() -> None:
     """Make `--attention-backend llada_rows` resolve."""
-    register_attention_backend(ATTENTION_BACKEND)(RowAttention)
+    register_attention_backend(ATTENTION_BACKEND)(create)
+
+
+def create(model_runner: Any) -> RowAttention:
+    """The backend of a loaded model.
+
+    Raises:
+        ConfigError: the model's attention has features that this backend would leave out silently.
+    """
+    refuse_unsupported(model_runner.model)
+    return RowAttention(model_runner)
+
+
+def refuse_unsupported(model: torch.nn.Module) -> None:
+    """Raise ConfigError naming what the model's attention layers ask for beyond plain attention."""
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    asked = {
+        "sliding windows": any(layer.sliding_window_size > -1 for layer in layers),
+        "capped logits": any(layer.logit_cap > 0 for layer in layers),
+        "cross attention": any(layer.is_cross_attention for layer in layers),
+        "temperature by length": any(layer.xai_temperature_len > 0 for layer in layers),
+    }
+    if any(asked.values()):
+        features = ", ".join(feature for feature, wanted in asked.items() if wanted)
+        raise ConfigError(
+            f"--attention-backend is {ATTENTION_BACKEND}, which does not support {features}, and "
+            f"{type(model).__name__} needs it; name another backend, for example torch_native"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +80,40 @@ class Span:
 class Group:
     """Spans of one shape, run as a batch of S.
 
-    queries: int64 [S, Q], positions in the forward. kv: int64 [S, L], slots of the KV pool.
-    ends: int64 [Q], for each query how far its row sees; causal_ends the same for causal layers.
+    queries: int64 [S, Q], positions in the forward. kv: int64 [S, L], slots of the KV pool. edges: where rows begin and
+    end among the queries, [rows + 1]. prefix: KV before the first query.
     """
 
     queries: Tensor
     kv: Tensor
-    ends: Tensor
-    causal_ends: Tensor
+    edges: tuple[int, ...]
+    prefix: int
+
+    def pieces(self, causal: bool) -> list[Piece]:
+        """The queries as attentions to run: a row each, or for causal layers a chunk of queries under a mask."""
+        if not causal:
+            return [Piece(a, b, self.prefix + b, None) for a, b in pairwise(self.edges)]
+        count = self.edges[-1]
+        cuts = [*range(0, count, CAUSAL_CHUNK), count]
+        return [Piece(a, b, max(self.prefix + b, 1), self._causal_mask(a, b)) for a, b in pairwise(cuts)]
+
+    def _causal_mask(self, begin: int, end: int) -> Tensor | None:
+        """bool [end - begin, prefix + end], True where a query may attend; None for a single query, which sees all."""
+        if end - begin == 1:
+            return None
+        # A graph runner's padding has more queries than KV; those must see something, or they give NaN.
+        last = (torch.arange(begin, end) + self.prefix).clamp(min=0)
+        return torch.arange(max(self.prefix + end, 1)) <= last[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Queries [begin, end) of each span of a group, over KV [0, length), under a mask [end - begin, length] or none."""
+
+    begin: int
+    end: int
+    length: int
+    mask: Tensor | None
 
 
 class RowAttention(AttentionBackend):
@@ -67,9 +125,10 @@ class RowAttention(AttentionBackend):
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.pool = model_runner.token_to_kv_pool
         self.groups: list[Group] = []
+        self.pieces: dict[bool, list[list[Piece]]] = {}  # by causality, made when the first such layer asks
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Plan the spans of a forward."""
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan the spans of a forward; the host's eager init_forward_metadata comes here too."""
         slots = forward_batch.req_pool_indices.tolist()
         lengths = (
             forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
@@ -81,18 +140,17 @@ class RowAttention(AttentionBackend):
         else:
             counts = forward_batch.extend_seq_lens.tolist()
         self.groups = [self._group(spans) for spans in same_shape(join_rows(slots, counts, lengths))]
+        self.pieces = {}
 
     def _group(self, spans: list[Span]) -> Group:
         first = spans[0]
-        begin = first.length - first.count
-        row_ends = torch.tensor(first.rows).cumsum(0) + begin
         starts = torch.tensor([span.start for span in spans])
         slots = torch.tensor([span.slot for span in spans])
         return Group(
             queries=starts[:, None] + torch.arange(first.count),
             kv=self.req_to_token[slots, : first.length].long(),
-            ends=row_ends.repeat_interleave(torch.tensor(first.rows)),
-            causal_ends=torch.arange(begin + 1, first.length + 1),
+            edges=tuple(accumulate(first.rows, initial=0)),
+            prefix=first.length - first.count,
         )
 
     def forward_extend(
@@ -103,22 +161,30 @@ class RowAttention(AttentionBackend):
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = query.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        causal = layer.attn_type != AttentionType.ENCODER_ONLY and not layer.is_cross_attention
-        for group in self.groups:
-            length = group.kv.shape[1]
-            ends = group.causal_ends if causal else group.ends
-            mask = None if int(ends[0]) == length else torch.arange(length) < ends[:, None]  # [Q, L]
-            attended = F.scaled_dot_product_attention(
-                query[group.queries].transpose(1, 2),  # [S, heads, Q, D]
-                keys[group.kv].to(q.dtype).transpose(1, 2),  # [S, kv heads, L, D]
-                values[group.kv].to(q.dtype).transpose(1, 2),
-                attn_mask=mask,
-                scale=layer.scaling,
-                enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
-            )
-            out[group.queries] = attended.transpose(1, 2)
+        # Zeros, because tokens that pad a batch belong to no row and must not bring NaN into later layers.
+        out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        for group, pieces in zip(self.groups, self._pieces(layer), strict=True):
+            queries = query[group.queries].transpose(1, 2)  # [S, heads, Q, D]
+            key = keys[group.kv].to(q.dtype).transpose(1, 2)  # [S, kv heads, L, D]
+            value = values[group.kv].to(q.dtype).transpose(1, 2)
+            for piece in pieces:
+                attended = F.scaled_dot_product_attention(
+                    queries[:, :, piece.begin : piece.end],
+                    key[:, :, : piece.length],
+                    value[:, :, : piece.length],
+                    attn_mask=piece.mask,
+                    scale=layer.scaling,
+                    enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+                )
+                out[group.queries[:, piece.begin : piece.end]] = attended.transpose(1, 2)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _pieces(self, layer: Any) -> list[list[Piece]]:
+        """For each group its pieces; the same for all layers of one causality."""
+        causal = layer.attn_type != AttentionType.ENCODER_ONLY
+        if causal not in self.pieces:
+            self.pieces[causal] = [group.pieces(causal) for group in self.groups]
+        return self.pieces[causal]
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
@@ -129,7 +195,7 @@ class RowAttention(AttentionBackend):
     # --- what a graph runner and DP attention ask -------------------------------------------------------------------
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """KV length of a padded row: at least one block, so that no attention is over nothing."""
+        """KV length of a padded row, so that no attention is over nothing."""
         return 1
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

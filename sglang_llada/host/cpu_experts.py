@@ -1,24 +1,48 @@
 """Routed experts on our CPU platform, in place of the host's torch loop.
 
 The host's loop forgets `routed_scaling_factor` and indexes expert -1, which marks experts of other ranks under expert
-parallelism. Both are put right here, for our model class and for the host's.
+parallelism. Both are put right here, for our model class of LLaDA2 and for the host's. Other models keep the host's
+loop: many of them (DeepSeek, GLM) multiply by the factor themselves where there is no CUDA, and would apply it twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
+from sglang_llada.llada2.config import ARCHITECTURE
+
 TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 
 
+ADOPTED: WeakSet[torch.nn.Module] = WeakSet()  # expert layers of LLaDA2 models; written by adopt()
+
+
 def install() -> None:
-    """Replace the host's function."""
-    HookRegistry.register(TARGET, experts_forward, HookType.REPLACE)
+    """Hook the host's function."""
+    HookRegistry.register(TARGET, forward_adopted, HookType.AROUND)
+
+
+def adopt(model: torch.nn.Module) -> None:
+    """From now on run a loaded model's expert layers here, if it is LLaDA2: our class and the host's share the name."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # only the processes that load a model need it
+
+    if type(model).__name__ == ARCHITECTURE:
+        ADOPTED.update(module for module in model.modules() if isinstance(module, FusedMoE))
+
+
+def forward_adopted(
+    original: Callable[..., Tensor], layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any
+) -> Tensor:
+    """Adopted layers run here, others as the host has it."""
+    forward = experts_forward if layer in ADOPTED else original
+    return forward(layer, x, topk_output, moe_runner_config)
 
 
 def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any) -> Tensor:
@@ -44,10 +68,11 @@ def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: 
         for e, part in enumerate(x[token].split(counts[1 : experts + 1]))
         if part.shape[0]
     ]
-    out = torch.zeros_like(x)
+    by_slot = x.new_zeros(ids.numel(), x.shape[1])
     if outs:
-        out.index_add_(0, token, torch.cat(outs) * weights.flatten()[slots, None].to(x.dtype))
-    return out
+        by_slot[slots] = torch.cat(outs)
+    # Summed in the weights' fp32: adding in bf16 would round once per expert.
+    return torch.einsum("nk,nkh->nh", weights, by_slot.view(*ids.shape, x.shape[1]).to(weights.dtype)).to(x.dtype)
 
 
 def swiglu(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:

@@ -39,3 +39,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_llada.host import cpu_attention
 
         cpu_attention.register()
+
+    def post_load_model(self, model: Any) -> None:
+        """Take over the expert layers of LLaDA2; called in each worker once weights are loaded."""
+        from sglang_llada.host import cpu_experts
+
+        cpu_experts.adopt(model)

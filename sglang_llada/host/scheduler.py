@@ -53,7 +53,7 @@ class LladaScheduler(Scheduler):
 
     def __new__(cls, server_args: Any, port_args: Any) -> Any:
         """This class stands in for the host's whatever the model; one that is not ours gets the host's."""
-        return super().__new__(cls) if is_ours(server_args) else cls.__base__(server_args, port_args)
+        return super().__new__(cls) if is_ours(server_args) else cls.__base__(server_args, port_args)  # type: ignore[misc]
 
     def init_diffusion_llm(self) -> None:
         """Called by the host once its pools exist."""

@@ -1,7 +1,7 @@
 """Every host name that this package hooks, replaces or relies on, as a table that is checked before anything is hooked.
 
 The check reads the host's source files and imports none of them: a release that renamed a method or changed its
-parameters is reported in a fraction of a second, in one message that lists every difference. It compares names and
+parameters is reported in less than a second, in one message that lists every difference. It compares names and
 parameters, not behaviour; behaviour is what the tests under tests/host are for.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import enum
+import gc
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,155 +67,445 @@ CHECKPOINT_FACTS = "the host reads block size and mask id from the checkpoint"
 PLUGIN_API = "never: the host's plugin interface"
 LAZY_MODELS = "the host has an entry point group for models"
 NAMED_ALGORITHMS = "the host has a registry of diffusion algorithms"
+ROW_PLANS = "the host has a batch whose rows may be several blocks of one request"
+CPU_ENGINE = "the released wheel has the host's CPU kernels"
+OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 
+
+def fields(owner: str, names: str, why: str, until: str) -> Iterator[Seam]:
+    """Rows of attributes of one class that serve one purpose; the names separated by spaces."""
+    for name in names.split():
+        yield Seam(f"{owner}.{name}", Kind.USE, VALUE, why, until)
+
+
+# fmt: off
 SEAMS: tuple[Seam, ...] = (
     # Registering
-    Seam(
-        "sglang.srt.plugins.hook_registry:HookRegistry.register",
-        Kind.USE,
-        "(cls, target, hook, hook_type, *, source)",
-        "every hook and replacement below goes through it",
-        PLUGIN_API,
-    ),
-    Seam(
-        "sglang.srt.plugins.hook_registry:HookType",
-        Kind.USE,
-        CLASS,
-        "names the ways of hooking",
-        PLUGIN_API,
-    ),
-    Seam(
-        "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
-        Kind.USE,
-        "(name)",
-        "wraps the steps of argument resolution",
-        PLUGIN_API,
-    ),
-    Seam(
-        "sglang.srt.platforms:current_platform",
-        Kind.USE,
-        VALUE,
-        "tells whether our CPU platform is the active one",
-        PLUGIN_API,
-    ),
+    Seam("sglang.srt.plugins.hook_registry:HookRegistry.register",
+         Kind.USE, "(cls, target, hook, hook_type, *, source)",
+         "every hook and replacement below goes through it", PLUGIN_API),
+    Seam("sglang.srt.plugins.hook_registry:HookType", Kind.USE, CLASS,
+         "names the ways of hooking", PLUGIN_API),
+    Seam("sglang.srt.arg_groups.resolution_hooks:register_resolution_hook", Kind.USE, "(name)",
+         "wraps the steps of argument resolution", PLUGIN_API),
+    Seam("sglang.srt.platforms:current_platform", Kind.USE, VALUE,
+         "tells whether our CPU platform is the active one", PLUGIN_API),
     # Server arguments
-    Seam(
-        "sglang.srt.arg_groups.serving_hook:handle_missing_default_values",
-        Kind.HOOK,
-        "(server_args)",
-        "fills in the algorithm, the number of running requests and the page size of a LLaDA2 model",
-        "the host defaults them from the model",
-    ),
-    Seam(
-        "sglang.srt.arg_groups.model_override_base:resolving_view",
-        Kind.USE,
-        "(server_args)",
-        "reads arguments while they are resolved",
-        PLUGIN_API,
-    ),
-    Seam(
-        "sglang.srt.arg_groups.overrides:declare_resolution",
-        Kind.USE,
-        "(server_args, source, **fields)",
-        "sets arguments while they are resolved",
-        PLUGIN_API,
-    ),
-    Seam(
-        "sglang.srt.arg_groups.overrides:_dllm_page_size",
-        Kind.USE,
-        "(view)",
-        "keeps the page size at the block size, which a row needs",
-        "the host takes the page size of a model as given",
-    ),
-    Seam(
-        "sglang.srt.arg_groups.fields.exec_:ExecDllm.dllm_algorithm",
-        Kind.USE,
-        VALUE,
-        "makes attention backends and graph runners treat the model as block diffusion",
-        NAMED_ALGORITHMS,
-    ),
-    Seam(
-        "sglang.srt.arg_groups.fields.exec_:ExecDllm.dllm_algorithm_config",
-        Kind.USE,
-        VALUE,
-        "names the YAML file of decode parameters",
-        NAMED_ALGORITHMS,
-    ),
+    Seam("sglang.srt.arg_groups.serving_hook:handle_missing_default_values", Kind.HOOK, "(server_args)",
+         "fills in the algorithm, the number of running requests and the page size of a LLaDA2 model",
+         "the host defaults them from the model"),
+    Seam("sglang.srt.arg_groups.model_override_base:resolving_view", Kind.USE, "(server_args)",
+         "reads arguments while they are resolved", PLUGIN_API),
+    Seam("sglang.srt.arg_groups.overrides:declare_resolution", Kind.USE, "(server_args, source, **fields)",
+         "sets arguments while they are resolved", PLUGIN_API),
+    Seam("sglang.srt.arg_groups.overrides:_dllm_page_size", Kind.USE, "(view)",
+         "keeps the page size at the block size, which a row needs",
+         "the host takes the page size of a model as given"),
+    Seam("sglang.srt.arg_groups.fields.exec_:ExecDllm.dllm_algorithm", Kind.USE, VALUE,
+         "makes attention backends and graph runners treat the model as block diffusion", NAMED_ALGORITHMS),
+    Seam("sglang.srt.arg_groups.fields.exec_:ExecDllm.dllm_algorithm_config", Kind.USE, VALUE,
+         "names the YAML file of decode parameters", NAMED_ALGORITHMS),
     # Diffusion facts
-    Seam(
-        "sglang.srt.dllm.config:DllmConfig.__init__",
-        Kind.USE,
-        "(self, algorithm, algorithm_config, block_size, mask_id, max_running_requests, first_done_first_out_mode, "
-        "requires_separate_context_encoding, capture_input_preparation, delete_token_id, split_token_id)",
-        "block_size and mask_id of what it builds are set from the checkpoint",
-        CHECKPOINT_FACTS,
-    ),
-    Seam(
-        "sglang.srt.dllm.config:DllmConfig.from_server_args",
-        Kind.HOOK,
-        "(server_args)",
-        "takes block size and mask id from a table of architecture names, wrong for every checkpoint but one",
-        CHECKPOINT_FACTS,
-    ),
-    Seam(
-        "sglang.srt.dllm.algorithm:algo_name_to_cls",
-        Kind.USE,
-        VALUE,
-        "makes --dllm-algorithm Threshold resolve",
-        NAMED_ALGORITHMS,
-    ),
-    Seam(
-        "sglang.srt.dllm.algorithm.base:DllmAlgorithm",
-        Kind.USE,
-        CLASS,
-        "base of the class that stands for our algorithm in the host",
-        NAMED_ALGORITHMS,
-    ),
-    Seam(
-        "sglang.srt.dllm.algorithm.base:DllmAlgorithm.supported_attention_backends",
-        Kind.USE,
-        VALUE,
-        "keeps the host from forcing an attention backend",
-        NAMED_ALGORITHMS,
-    ),
-    Seam(
-        "sglang.srt.dllm.algorithm.base:DllmAlgorithm.run",
-        Kind.USE,
-        "(self, model_runner, forward_batch, algo_states)",
-        "must never run under our scheduler",
-        NAMED_ALGORITHMS,
-    ),
+    Seam("sglang.srt.dllm.config:DllmConfig.__init__", Kind.USE,
+         "(self, algorithm, algorithm_config, block_size, mask_id, max_running_requests, first_done_first_out_mode, "
+         "requires_separate_context_encoding, capture_input_preparation, delete_token_id, split_token_id)",
+         "block_size and mask_id of what it builds are set from the checkpoint", CHECKPOINT_FACTS),
+    Seam("sglang.srt.dllm.config:DllmConfig.from_server_args", Kind.HOOK, "(server_args)",
+         "takes block size and mask id from a table of architecture names, wrong for every checkpoint but one",
+         CHECKPOINT_FACTS),
+    Seam("sglang.srt.dllm.algorithm:algo_name_to_cls", Kind.USE, VALUE,
+         "makes --dllm-algorithm Threshold resolve", NAMED_ALGORITHMS),
+    Seam("sglang.srt.dllm.algorithm.base:DllmAlgorithm", Kind.USE, CLASS,
+         "base of the class that stands for our algorithm in the host", NAMED_ALGORITHMS),
+    Seam("sglang.srt.dllm.algorithm.base:DllmAlgorithm.supported_attention_backends", Kind.USE, VALUE,
+         "keeps the host from forcing an attention backend", NAMED_ALGORITHMS),
+    Seam("sglang.srt.dllm.algorithm.base:DllmAlgorithm.run",
+         Kind.USE, "(self, model_runner, forward_batch, algo_states)",
+         "must never run under our scheduler", NAMED_ALGORITHMS),
+    Seam("sglang.srt.configs.model_config:ModelConfig.get_default_sampling_params", Kind.HOOK, "(self)",
+         "greedy where a chat request names no temperature", NAMED_ALGORITHMS),
     # Model class
-    Seam(
-        "sglang.srt.model_loader.utils:get_model_architecture",
-        Kind.HOOK,
-        "(model_config)",
-        "registers our model class in the process that loads weights; the registry costs others seconds to import",
-        LAZY_MODELS,
-    ),
-    Seam(
-        "sglang.srt.models.registry:_ModelRegistry.register",
-        Kind.USE,
-        "(self, package_name, overwrite, strict)",
-        "puts our model class in the place of the host's",
-        LAZY_MODELS,
-    ),
+    Seam("sglang.srt.models.registry:ModelRegistry", Kind.USE, VALUE,
+         "the registry of the process that loads weights", LAZY_MODELS),
+    Seam("sglang.srt.model_loader.utils:get_model_architecture", Kind.HOOK, "(model_config)",
+         "registers our model class in the process that loads weights; the registry costs others seconds to import",
+         LAZY_MODELS),
+    Seam("sglang.srt.models.registry:_ModelRegistry.register", Kind.USE, "(self, package_name, overwrite, strict)",
+         "puts our model class in the place of the host's", LAZY_MODELS),
     # Scheduler
-    Seam(
-        "sglang.srt.managers.scheduler:Scheduler",
-        Kind.REPLACE,
-        CLASS,
-        "our scheduler is a subclass in its place",
-        OWN_SCHEDULER,
-    ),
-    Seam(
-        "sglang.srt.managers.scheduler:Scheduler.__init__",
-        Kind.USE,
-        "(self, server_args, port_args)",
-        "constructed by the host's scheduler process",
-        OWN_SCHEDULER,
-    ),
+    Seam("sglang.srt.managers.scheduler:Scheduler", Kind.REPLACE, CLASS,
+         "our scheduler is a subclass in its place", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.__init__", Kind.USE, "(self, server_args, port_args)",
+         "constructed by the host's scheduler process", OWN_SCHEDULER),
+    # Scheduler: what we override. SchedulerDllmMixin holds its diffusion part
+    Seam("sglang.srt.dllm.mixin.scheduler:SchedulerDllmMixin.init_diffusion_llm", Kind.HOOK, "(self)",
+         "builds our table and executor once the pools exist", OWN_SCHEDULER),
+    Seam("sglang.srt.dllm.mixin.scheduler:SchedulerDllmMixin.validate_dllm_request", Kind.REPLACE, "(self, req)",
+         "the door at which requests are refused", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.init_output_streamer", Kind.HOOK, "(self)",
+         "gives the table to our streamer", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.get_output_streamer_class", Kind.REPLACE, "(self)",
+         "names our streamer", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.event_loop_normal", Kind.REPLACE, "(self)",
+         "our loop runs rows", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler._release_aborted_request", Kind.HOOK, "(self, req)",
+         "the table forgets what the host drops from its queue", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.pause_generation", Kind.HOOK, "(self, recv_req)",
+         "books the step in flight before a pause", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.is_fully_idle", Kind.HOOK, "(self, for_health_check, ignore_waiting)",
+         "a step in flight is work too", OWN_SCHEDULER),
+    # Scheduler: what our loop calls
+    Seam("sglang.srt.managers.scheduler:Scheduler.ingest_requests", Kind.USE, "(self, stop_at_pause)",
+         "receives and dispatches requests, once a turn", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler._record_scheduler_state_for_paused_engine", Kind.USE, "(self)",
+         "metrics of a paused engine", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.on_idle", Kind.USE, "(self)",
+         "idle checks, metrics and sleep", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.maybe_send_health_check_signal", Kind.USE, "(self)",
+         "answers health checks while requests run", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.get_prefill_adder_class", Kind.USE, "(self)",
+         "the admission that the host would use", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.get_num_allocatable_reqs",
+         Kind.USE, "(self, running_bs, beam_width, running_batch, num_held_rows)",
+         "request slots that are left", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler._add_request_to_queue", Kind.USE, "(self, req, is_retracted)",
+         "puts a retracted request back", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.publish_load_snapshot", Kind.USE, "(self, force)",
+         "load reports after each step", OWN_SCHEDULER),
+    # Scheduler: its state
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "running_batch waiting_queue policy",
+            "requests that hold KV and those that wait; the host's checks and reports read them", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "req_to_token_pool token_to_kv_pool_allocator tree_cache tp_worker",
+            "rows, pages, radix tree and model", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "output_streamer metrics_reporter profiler_manager load_publisher load_inquirer",
+            "told of every step", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "new_token_ratio_tracker page_size chunked_prefill_size max_prefill_tokens max_running_requests",
+            "budgets", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "enable_priority_preemption priority_scheduling_preemption_threshold schedule_low_priority_values_first",
+            "when a waiting request displaces a running one", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "_engine_paused gracefully_exit",
+            "end or hold the loop", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "_sched_idled cur_batch_for_debug forward_ct processed_tokens_counter",
+            "written each turn for metrics, crash dumps and the queue policy", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler",
+            "server_args dllm_config model_config device",
+            "what the server was started with", OWN_SCHEDULER),
+    # Scheduler: its parts
+    Seam("sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority",
+         Kind.USE, "(self, waiting_queue, running_batch, processed_tokens)",
+         "sorts the waiting queue", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_policy:PrefillAdder.__init__", Kind.USE,
+         "(self, page_size, tree_cache, token_to_kv_pool_allocator, running_batch, new_token_ratio, "
+         "rem_input_tokens, rem_chunk_tokens, num_mixed_decode_tokens, priority_scheduling_preemption_threshold, "
+         "max_prefill_bs, max_running_requests, prefill_max_requests, prefill_delayer_single_pass, dllm_config, "
+         "waiting_queue_len, prefill_tile_block_m)",
+         "a fresh budget for each admission", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
+         Kind.USE, "(self, req, has_chunked_req, truncation_align_size)",
+         "reserves KV for a request", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_policy:PrefillAdder.budget_state", Kind.USE, "(self)",
+         "whether admission goes on", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_policy:PrefillAdder.can_run_list", Kind.USE, VALUE,
+         "requests that fit", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_policy:AddReqResult.CONTINUE", Kind.USE, VALUE,
+         "the budget state that lets more requests in", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.new_token_ratio_tracker:NewTokenRatioTracker.decay_step",
+         Kind.USE, "(self)",
+         "reserves less while nothing is retracted", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.new_token_ratio_tracker:NewTokenRatioTracker.current",
+         Kind.USE, VALUE,
+         "raised after a retraction", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.profiler_manager:SchedulerProfilerManager._profile_batch_predicate",
+         Kind.USE, "(self, batch)",
+         "starts and stops profiles by step", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter.report_decode_stats",
+         Kind.USE, "(self, can_run_cuda_graph, running_batch, num_generated_tokens)",
+         "log line and metrics of decoding", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter.record_scheduler_active",
+         Kind.USE, "(self, event_ns)",
+         "busy time", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter",
+            "num_generated_tokens forward_ct_decode num_retracted_reqs",
+            "written for metrics", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.load_publisher:SchedulerLoadPublisher.publish_load_stat",
+         Kind.USE, "(self, load_provider, force, snapshot)",
+         "load reports after each step", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.load_inquirer:SchedulerLoadInquirer.get_loads", Kind.USE, "(self)",
+         "what the load is", OWN_SCHEDULER),
+    Seam("sglang.srt.runtime_context:get_schedule", Kind.USE, "()",
+         "a limit of admission that the scheduler has no field for", OWN_SCHEDULER),
+    Seam("sglang.srt.runtime_context:get_serving", Kind.USE, "()",
+         "whether answers stay out of the radix tree", OWN_SCHEDULER),
+    Seam("sglang.srt.environ:envs", Kind.USE, VALUE,
+         "reads and sets the host's switches", OWN_SCHEDULER),
+    *fields("sglang.srt.environ:Envs",
+            "SGLANG_EAGER_INPUT_NO_COPY SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
+            "the eager runner must not copy rows; checks in tests", OWN_SCHEDULER),
+    Seam("sglang.srt.utils.common:DynamicGradMode", Kind.USE, CLASS,
+         "inference mode for the loop", OWN_SCHEDULER),
+    Seam("sglang.srt.observability.req_time_stats:set_time_batch", Kind.USE, "(reqs, set_func, trace_only, attrs)",
+         "stamps admitted requests", OWN_SCHEDULER),
+    Seam("sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.set_forward_entry_time", Kind.USE, "(self, ts)",
+         "named to set_time_batch", OWN_SCHEDULER),
+    Seam("sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.set_completion_time", Kind.USE, "(self, ts)",
+         "stamps ended requests", OWN_SCHEDULER),
+    Seam("sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.wait_queue_entry_time", Kind.USE, VALUE,
+         "of equal priority the latest is displaced", OWN_SCHEDULER),
+    # Requests
+    Seam("sglang.srt.managers.schedule_batch:FINISH_ABORT.__init__", Kind.USE, "(self, message, status_code, err_type)",
+         "ends a request with an error", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:ScheduleBatch._get_decode_retraction_order", Kind.USE, "(reqs)",
+         "whom to retract when the pool is full", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:ScheduleBatch",
+            "reqs forward_mode",
+            "what running_batch lists, and as what", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:release_req", Kind.USE,
+         "(*, req, remaing_req_count, req_to_token_pool, token_to_kv_pool_allocator, tree_cache, "
+         "hisparse_coordinator, offload_kv)",
+         "takes the KV of a retracted request", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.update_finish_state", Kind.USE, "(self, new_accepted_len)",
+         "the host judges new tokens: stop ids, stop strings, length", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.finished", Kind.USE, "(self)",
+         "whether the host sees an end", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.refresh_fill_ids", Kind.USE, "(self)",
+         "joins prompt and output before the radix tree is asked", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "rid origin_input_ids output_ids sampling_params to_finish priority time_stats",
+            "what a request is and how it ends", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "full_untruncated_fill_ids prefix_len extend_end kv",
+            "what the radix tree is asked and given", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "cached_tokens cached_tokens_device retracted_stain",
+            "the cache report, counted on first admission", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "tokenizer eos_token_ids",
+            "tokens that end a request", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "custom_logit_processor return_logprob return_hidden_states return_routed_experts return_indexer_topk "
+            "return_sampling_mask lora_id input_embeds positional_embed_overrides session",
+            "refused", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.is_prefill_only", Kind.USE, "(self)",
+         "refused with log-probabilities", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:ReqKvInfo",
+            "req_pool_idx kv_allocated_len kv_committed_len cache_protected_len",
+            "a request's row and pages", OWN_SCHEDULER),
+    *fields("sglang.srt.sampling.sampling_params:SamplingParams",
+            "max_new_tokens stop_token_ids ignore_eos custom_params",
+            "where an answer ends and how it is decoded", OWN_SCHEDULER),
+    *fields("sglang.srt.sampling.sampling_params:SamplingParams",
+            "temperature top_k frequency_penalty presence_penalty repetition_penalty min_new_tokens logit_bias "
+            "json_schema regex ebnf structural_tag beam_width watermark",
+            "refused unless neutral", OWN_SCHEDULER),
+    # KV
+    Seam("sglang.srt.mem_cache.common:match_kv_cache",
+         Kind.USE, "(req, tree_cache, token_ids, *, cow_mamba, max_prefix_len)",
+         "finds a request's cached blocks", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.common:checkpoint_kv_cache", Kind.USE, "(req, tree_cache)",
+         "shares filled blocks while a request runs", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.common:release_kv_cache", Kind.USE, "(req, tree_cache, *, checkpoint)",
+         "gives back what an ended request held", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.common:evict_from_tree_cache", Kind.USE, "(tree_cache, num_tokens)",
+         "makes room for pages", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.base_prefix_cache:BasePrefixCache.prefix_device_indices", Kind.USE, "(self, req)",
+         "where the cached blocks lie", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.memory_pool:ReqToTokenPool.alloc", Kind.USE, "(self, reqs)",
+         "a row for an admitted request", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.memory_pool:ReqToTokenPool.write", Kind.USE, "(self, indices, values)",
+         "enters pages in a row", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.memory_pool:ReqToTokenPool.req_to_token", Kind.USE, VALUE,
+         "where the KV of a position lies", OWN_SCHEDULER),
+    Seam("sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc", Kind.USE, "(self, need_size)",
+         "pages of one block", OWN_SCHEDULER),
+    # Streaming
+    Seam("sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer", Kind.USE, CLASS,
+         "base of our streamer", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.has_additional_customized_info",
+         Kind.REPLACE, VALUE,
+         "says that there is more to send", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.build_additional_customized_info",
+         Kind.REPLACE, "(self, reqs)",
+         "sends forward counts", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.stream_output",
+         Kind.USE, "(self, reqs, return_logprob, skip_req)",
+         "sends tokens and ends", OWN_SCHEDULER),
+    # Forward
+    *fields("sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+            "forward_mode batch_size input_ids req_pool_indices seq_lens out_cache_loc seq_lens_sum seq_lens_cpu "
+            "req_pool_indices_cpu positions capture_hidden_mode spec_algorithm",
+            "a batch is built from a plan", ROW_PLANS),
+    *fields("sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+            "extend_num_tokens extend_seq_lens extend_prefix_lens extend_start_loc extend_seq_lens_cpu "
+            "extend_prefix_lens_cpu extend_logprob_start_lens_cpu",
+            "a row is an extension by one block", ROW_PLANS),
+    Seam("sglang.srt.model_executor.forward_batch_info:ForwardBatch._init_num_token_non_padded",
+         Kind.USE, "(self, *, device, is_draft_worker)",
+         "what graph runners would have set", ROW_PLANS),
+    Seam("sglang.srt.model_executor.forward_batch_info:ForwardMode.DLLM_EXTEND", Kind.USE, VALUE,
+         "an extension whose rows see their whole block", ROW_PLANS),
+    Seam("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.NULL", Kind.USE, VALUE,
+         "hidden states come from our model class", ROW_PLANS),
+    Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.NONE", Kind.USE, VALUE,
+         "a batch must name one", ROW_PLANS),
+    Seam("sglang.srt.model_executor.model_runner:ModelRunner.forward", Kind.USE,
+         "(self, forward_batch, skip_attn_backend_init, pp_proxy_tensors, reinit_attn_backend, split_forward_count)",
+         "runs the layers", ROW_PLANS),
+    *fields("sglang.srt.model_executor.model_runner:ModelRunner",
+            "model device req_to_token_pool token_to_kv_pool kv_index_translator",
+            "what the executor and our attention read", ROW_PLANS),
+    Seam("sglang.srt.mem_cache.kv_index_translator:KVIndexTranslator.bind_own_plan", Kind.USE, "(self, forward_batch)",
+         "a batch that the host did not build needs it", ROW_PLANS),
+    *fields("sglang.srt.layers.logits_processor:LogitsProcessorOutput",
+            "next_token_logits hidden_states",
+            "what our model class gives back", ROW_PLANS),
+    # CPU platform
+    Seam("sglang.srt.platforms.interface:SRTPlatform", Kind.USE, CLASS,
+         "base of our platform", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:SRTPlatform.get_default_attention_backend", Kind.REPLACE, "(self)",
+         "names our attention", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name", Kind.REPLACE, "(self)",
+         "layers run their torch forward", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:SRTPlatform.init_backend", Kind.REPLACE, "(self)",
+         "registers our attention in each worker", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:SRTPlatform.post_load_model", Kind.REPLACE, "(self, model)",
+         "takes over the expert layers", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:SRTPlatform.capabilities", Kind.REPLACE, VALUE,
+         "none beyond the basic ones", PLUGIN_API),
+    Seam("sglang.srt.platforms.device_mixin:DeviceMixin.is_pin_memory_available", Kind.REPLACE, "(self, device)",
+         "there is none to pin for", PLUGIN_API),
+    Seam("sglang.srt.platforms.device_mixin:DeviceMixin._enum", Kind.REPLACE, VALUE,
+         "says that the platform is not the host's", PLUGIN_API),
+    Seam("sglang.srt.platforms.cpu:CpuDeviceMixin", Kind.USE, CLASS,
+         "the host's own notion of the CPU as a device", PLUGIN_API),
+    Seam("sglang.srt.platforms.device_mixin:PlatformEnum.OOT", Kind.USE, VALUE,
+         "says that the platform is not the host's", PLUGIN_API),
+    Seam("sglang.srt.platforms.interface:PlatformCapabilities", Kind.USE, CLASS,
+         "none beyond the basic ones", PLUGIN_API),
+    # CPU attention and experts
+    Seam("sglang.srt.layers.attention.attention_registry:register_attention_backend", Kind.USE, "(name)",
+         "makes --attention-backend llada_rows resolve", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.init_forward_metadata",
+         Kind.USE, "(self, forward_batch)",
+         "comes to init_forward_metadata_out_graph unless a graph runs", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.init_forward_metadata_out_graph",
+         Kind.REPLACE, "(self, forward_batch, in_capture)",
+         "plans the spans of a forward", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward_extend",
+         Kind.REPLACE, "(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)",
+         "attention of rows", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward_decode",
+         Kind.REPLACE, "(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)",
+         "attention of rows of one token", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.get_cuda_graph_seq_len_fill_value",
+         Kind.REPLACE, "(self)",
+         "asked by graph runners", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.init_cuda_graph_state",
+         Kind.REPLACE, "(self, max_bs, max_num_tokens)",
+         "asked by graph runners", CPU_ENGINE),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.support_triton", Kind.REPLACE, "(self)",
+         "no kernel of ours is Triton's", CPU_ENGINE),
+    Seam("sglang.srt.model_executor.forward_batch_info:ForwardMode.is_decode_or_idle", Kind.USE, "(self)",
+         "whether rows have one token", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.memory_pool:KVWriteLoc", Kind.USE, CLASS,
+         "where KV is written", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer", Kind.USE,
+         "(self, layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, dcp_kv_mask)",
+         "writes a step's KV", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_key_buffer", Kind.USE, "(self, layer_id)",
+         "reads KV", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_value_buffer", Kind.USE, "(self, layer_id)",
+         "reads KV", CPU_ENGINE),
+    Seam("sglang.srt.layers.moe.fused_moe_native:moe_forward_native",
+         Kind.HOOK, "(layer, x, topk_output, moe_runner_config)",
+         "forgets the scaling factor and indexes expert -1", CPU_ENGINE),
+    # Model: layers are named only, since one that takes other arguments fails loudly when the model is built
+    Seam("sglang.srt.distributed.communication_op:tensor_model_parallel_all_gather", Kind.USE, "(input_, dim)",
+         "logits of the whole vocabulary", OWN_MODEL),
+    Seam("sglang.srt.eplb.expert_location:ModelConfigForExpertLocation", Kind.USE, CLASS,
+         "what expert load balancing must know", OWN_MODEL),
+    Seam("sglang.srt.layers.activation:SiluAndMul", Kind.USE, CLASS,
+         "SwiGLU", OWN_MODEL),
+    Seam("sglang.srt.layers.dp_attention:is_dp_attention_enabled", Kind.USE, "()",
+         "how embeddings are split", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.factories:append_stages", Kind.USE, "(*stages, prepared_from)",
+         "norms, residuals and collectives between stages", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.factories:declare_attn", Kind.USE,
+         "(*, read, update, reduction, gathers_attn_tp_input, output_transform, tp_group, attn_tp_gather, "
+         "in_token_order, sum_impl, row_transport)",
+         "says that a stage is attention", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.factories:declare_ffn", Kind.USE,
+         "(*, sparse, read, update, output_transform, next_layer_sparse, dense_tp_size, exit_rows, output_complete, "
+         "sum_impl, row_transport)",
+         "says that a stage is dense or sparse", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.layout:is_dense_ffn_fully_dp", Kind.USE, "()",
+         "how dense layers are split", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.residual.batch:start", Kind.USE, "(forward_batch)",
+         "residuals of a forward", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.residual.batch:complete_output", Kind.USE, "(hidden_states, forward_batch)",
+         "residuals of a forward", OWN_MODEL),
+    Seam("sglang.srt.layers.layer_boundary.residual.batch:final_norm", Kind.USE,
+         "(hidden_states, forward_batch, layernorm, capture, *, finalize_norm, skip_empty, **read_kwargs)",
+         "the last norm", OWN_MODEL),
+    Seam("sglang.srt.layers.layernorm:RMSNorm", Kind.USE, CLASS,
+         "norms", OWN_MODEL),
+    Seam("sglang.srt.layers.linear:QKVParallelLinear", Kind.USE, CLASS,
+         "fused projections", OWN_MODEL),
+    Seam("sglang.srt.layers.linear:MergedColumnParallelLinear", Kind.USE, CLASS,
+         "gate and up in one", OWN_MODEL),
+    Seam("sglang.srt.layers.linear:RowParallelLinear", Kind.USE, CLASS,
+         "output projections", OWN_MODEL),
+    Seam("sglang.srt.layers.moe.ep_moe.layer:get_moe_impl_class", Kind.USE, "(quant_config)",
+         "the expert layer of the chosen backend", OWN_MODEL),
+    Seam("sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE", Kind.USE, CLASS,
+         "expert layers, found and mapped to checkpoint names", OWN_MODEL),
+    Seam("sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.make_expert_params_mapping",
+         Kind.USE, "(cls, ckpt_gate_proj_name, ckpt_down_proj_name, ckpt_up_proj_name, num_experts)",
+         "checkpoint names of stacked experts", OWN_MODEL),
+    Seam("sglang.srt.layers.moe.topk:TopK", Kind.USE, CLASS,
+         "group-limited routing", OWN_MODEL),
+    Seam("sglang.srt.layers.moe.topk:TopK.bind_runner_backend",
+         Kind.USE, "(self, runner_backend, *, routing_method_type)",
+         "tells the router who runs the experts", OWN_MODEL),
+    Seam("sglang.srt.layers.radix_attention:RadixAttention", Kind.USE, CLASS,
+         "attention over paged KV", OWN_MODEL),
+    Seam("sglang.srt.layers.radix_attention:AttentionType.ENCODER_ONLY", Kind.USE, VALUE,
+         "not causal, for every backend", OWN_MODEL),
+    Seam("sglang.srt.layers.rotary_embedding.factory:get_rope", Kind.USE,
+         "(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor, "
+         "dual_chunk_attention_config)",
+         "rotary embedding", OWN_MODEL),
+    Seam("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding", Kind.USE, CLASS,
+         "embeddings", OWN_MODEL),
+    Seam("sglang.srt.layers.vocab_parallel_embedding:ParallelLMHead", Kind.USE, CLASS,
+         "output embeddings", OWN_MODEL),
+    Seam("sglang.srt.model_loader.weight_utils:default_weight_loader", Kind.USE, "(param, loaded_weight)",
+         "weights that need no splitting", OWN_MODEL),
+    Seam("sglang.srt.models.utils:apply_qk_norm",
+         Kind.USE, "(q, k, q_norm, k_norm, head_dim, alt_stream, allow_inplace)",
+         "norms of queries and keys", OWN_MODEL),
+    Seam("sglang.srt.runtime_context:get_exec", Kind.USE, "()",
+         "redundant experts", OWN_MODEL),
+    Seam("sglang.srt.runtime_context:get_parallel", Kind.USE, "()",
+         "ranks", OWN_MODEL),
+    Seam("sglang.srt.utils.common:add_prefix", Kind.USE, "(name, prefix)",
+         "names of layers, by which quantisation finds them", OWN_MODEL),
+    Seam("sglang.srt.utils.common:make_pp_layers", Kind.USE,
+         "(num_hidden_layers, layer_fn, prefix, return_tuple, offloader_kwargs, final_read, stage_facts)",
+         "the layers of this rank", OWN_MODEL),
+    Seam("sglang.srt.model_executor.forward_batch_info:ForwardMode.is_idle", Kind.USE, "(self)",
+         "a rank without tokens", OWN_MODEL),
 )
+# fmt: on
+
+
+Scopes = dict[ast.AST, dict[str, ast.AST]]  # what modules and classes bind, looked up once per check
 
 
 def installed_host() -> Host:
@@ -238,27 +530,41 @@ def require(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> None:
 def check(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> list[str]:
     """One sentence for each difference between the table and the host, the host's release first."""
     host = installed_host() if host is None else host
-    differences = [difference for _, difference in compare(table, host) if difference]
+    with collector_paused():
+        differences = [difference for _, difference in compare(table, host) if difference]
     if host.version != RELEASE:
         differences.insert(0, f"release is {host.version}, expected {RELEASE}")
     return differences
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection: it would walk millions of syntax tree nodes and take three times as long as the check."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def compare(table: Iterable[Seam], host: Host) -> Iterator[tuple[Seam, str | None]]:
     """Each row with what is different about it, or None."""
     trees: dict[str, ast.Module | None] = {}
+    known: Scopes = {}
     for seam in table:
         module, _, name = seam.target.partition(":")
         if module not in trees:
             trees[module] = parse(module, host.root)
-        yield seam, difference(seam, trees[module], module, name)
+        yield seam, difference(seam, trees[module], module, name, known)
 
 
-def difference(seam: Seam, tree: ast.Module | None, module: str, name: str) -> str | None:
+def difference(seam: Seam, tree: ast.Module | None, module: str, name: str, known: Scopes) -> str | None:
     """What is different about one row."""
     if tree is None:
         return f"{seam.target}: module {module} is missing"
-    found = find(tree, name.split("."))
+    found = find(tree, name.split("."), known)
     if found is None:
         return f"{seam.target}: {name} is missing from {module}"
     signature = signature_of(found)
@@ -276,15 +582,15 @@ def parse(module: str, root: Path) -> ast.Module | None:
     return None
 
 
-def find(scope: ast.AST, names: list[str]) -> ast.AST | None:
-    """The node that binds a dotted name; of several, the last, as at run time."""
-    found = None
-    for node, bound in bindings(scope):
-        if names[0] == bound:
-            found = node
+def find(scope: ast.AST, names: list[str], known: Scopes | None = None) -> ast.AST | None:
+    """The node that binds a dotted name; of several, the last, as at run time. What scopes bind is kept in `known`."""
+    known = {} if known is None else known
+    if scope not in known:
+        known[scope] = {bound: node for node, bound in bindings(scope)}
+    found = known[scope].get(names[0])
     if found is None or len(names) == 1:
         return found
-    return find(found, names[1:])
+    return find(found, names[1:], known)
 
 
 def bindings(scope: ast.AST) -> Iterator[tuple[ast.AST, str]]:

@@ -118,7 +118,8 @@ def check(config: Llada2Config) -> None:
         (is_default_rope(c), f"rope_scaling is {getattr(c, 'rope_scaling', None)!r}; only plain rotary is implemented"),
         (
             c.num_attention_heads % c.num_key_value_heads == 0,
-            f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads {c.num_key_value_heads}",
+            f"num_attention_heads {c.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {c.num_key_value_heads}",
         ),
         (c.rotary_dim % 2 == 0, f"rotary dimension {c.rotary_dim} (head_dim x partial_rotary_factor) is odd"),
         (c.block_size >= 1, f"block_size is {c.block_size}; at least 1 is needed"),

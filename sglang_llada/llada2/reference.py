@@ -89,6 +89,8 @@ class MLP(nn.Module):
 class Llada2Router(nn.Module):
     """The fp32 gate; `forward` gives (weights, ids), both [N, K]."""
 
+    expert_bias: Tensor
+
     def __init__(self, c: Llada2Config) -> None:
         super().__init__()
         self.config = c

@@ -1,4 +1,4 @@
-"""Thousands of requests against a fake forward: arrivals, aborts, retractions, time-outs and ends, all accounted for."""
+"""Thousands of requests against a fake forward: arrivals, aborts, retractions, time-outs, ends, all accounted for."""
 
 from __future__ import annotations
 

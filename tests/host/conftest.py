@@ -55,9 +55,7 @@ def reference() -> Llada2ForDiffusion:
 
 
 @pytest.fixture(scope="session")
-def cases(
-    tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts, reference: Llada2ForDiffusion
-) -> list[Case]:
+def cases(tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts, reference: Llada2ForDiffusion) -> list[Case]:
     """Held-out prompts of 1 to 1,500 tokens, decoded by the reference once for all tests."""
     torch.set_num_threads(1)
     lengths = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 1500]

@@ -23,7 +23,16 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose KV pool holds two or three of the long prompts and whose forwards have 8 rows."""
     log = tmp_path_factory.mktemp("tight") / "log"
-    args = ("--context-length", str(CONTEXT), "--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01")
+    args = (
+        "--context-length",
+        str(CONTEXT),
+        "--max-total-tokens",
+        "2560",
+        "--chunked-prefill-size",
+        "256",
+        "--schedule-conservativeness",
+        "0.01",
+    )
     with serving(TINY, log, *args, env={"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}) as running:
         yield running
 
@@ -93,8 +102,8 @@ def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case]) -
         while not done.is_set():
             tight.generate(cases[number].prompt[:20], 500, ignore_eos=True, custom_params={"threshold": 0.5})
 
-    with ThreadPoolExecutor(6) as others:
-        pressing = [others.submit(press, number) for number in range(20, 26)]
+    with ThreadPoolExecutor(14) as others:
+        pressing = [others.submit(press, number) for number in range(20, 34)]
         answers = tight.generate_all([c.prompt for c in cases], NEW_TOKENS, 32)
         done.set()
         for each in pressing:

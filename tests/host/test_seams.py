@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,85 @@ def test_names_that_are_only_read_or_local_are_not_found(source: str, name: str)
 def test_rows_can_be_checked_without_the_table(copy: Host) -> None:
     row = Seam("sglang.srt.dllm.config:DllmConfig.nothing", Kind.USE, "(self)", "why", "until")
     assert seams.check([row], copy) == [f"{row.target}: DllmConfig.nothing is missing from sglang.srt.dllm.config"]
+
+
+HOST_ROOM = Path(seams.__file__).parent
+PLUGIN = HOST_ROOM.parent / "plugin.py"
+NAMED = {seam.target for seam in SEAMS}
+SCHEDULER_CLASSES = (f"{SCHEDULER}:Scheduler", "sglang.srt.dllm.mixin.scheduler:SchedulerDllmMixin")
+
+
+def imported(source: str) -> set[tuple[str, str]]:
+    """(module, name) of every import of the host."""
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sglang"
+        for alias in node.names
+    }
+
+
+def has_row(module: str, name: str) -> bool:
+    """Whether a row names an import or a member of it, in the module that it is imported from or one below."""
+    for target in NAMED:
+        defined_in, _, member = target.partition(":")
+        if defined_in == f"{module}.{name}":  # the import is a module
+            return True
+        if member.split(".")[0] == name and f"{defined_in}.".startswith(f"{module}."):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("file", [*sorted(HOST_ROOM.rglob("*.py")), PLUGIN], ids=lambda f: f.name)
+def test_every_import_of_the_host_has_a_row(file: Path) -> None:
+    assert {pair for pair in imported(file.read_text(encoding="utf-8")) if not has_row(*pair)} == set()
+
+
+def test_an_import_without_a_row_would_be_found() -> None:
+    (pair,) = imported("from sglang.srt.managers.scheduler import run_scheduler_process")
+    assert not has_row(*pair)
+    assert not has_row("sglang.srt.managers.sched", "Scheduler")
+
+
+def test_everything_that_our_scheduler_takes_from_the_host_has_a_row() -> None:
+    """What it overrides and what it reads from self without defining or assigning it."""
+    tree = ast.parse((HOST_ROOM / "scheduler.py").read_text(encoding="utf-8"))
+    ours = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LladaScheduler")
+    methods = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
+    on_self = [
+        node
+        for node in ast.walk(ours)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    ]
+    names = methods | {node.attr for node in on_self}
+    ours_alone = {name for name in names if not bound_by_host(name)}
+    defined_here = methods | {node.attr for node in on_self if isinstance(node.ctx, ast.Store)}
+    assert {n for n in names - ours_alone if not any(f"{c}.{n}" in NAMED for c in SCHEDULER_CLASSES)} == set()
+    assert ours_alone <= defined_here  # nothing is read that neither side has
+    assert {"event_loop_normal", "validate_dllm_request", "waiting_queue"} <= names - ours_alone
+
+
+def bound_by_host(name: str) -> bool:
+    """Whether the host's scheduler or its diffusion part has a member of this name."""
+    root = seams.installed_host().root
+    for target in SCHEDULER_CLASSES:
+        module, _, owner = target.partition(":")
+        tree = TREES.setdefault(module, seams.parse(module, root))
+        assert tree is not None
+        if seams.find(tree, [owner, name], SCOPES) is not None:
+            return True
+    return False
+
+
+TREES: dict[str, ast.Module | None] = {}
+SCOPES: seams.Scopes = {}
+
+
+def test_check_takes_less_than_a_few_seconds() -> None:
+    begin = time.process_time()
+    seams.check()
+    assert time.process_time() - begin < 3
+    assert gc.isenabled()
 
 
 @pytest.mark.slow

@@ -179,9 +179,7 @@ class MoE(nn.Module):
         self.topk.topk_config.apply_routed_scaling_factor_on_output = (
             self.experts.should_fuse_routed_scaling_factor_in_topk
         )
-        self.topk.bind_runner_backend(
-            self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
-        )
+        self.topk.bind_runner_backend(self.experts.runner_backend, routing_method_type=self.experts.routing_method_type)
         self.shared_experts = (
             MLP(c.hidden_size, c.shared_intermediate_size, quant_config, add_prefix("shared_experts", prefix))
             if c.num_shared_experts
@@ -319,10 +317,10 @@ class LLaDA2MoeModelLM(nn.Module):
                     param = params[target]
                     param.weight_loader(param, tensor, target, shard_id=shard_id, expert_id=expert_id)
                     return
-        for shard_id, matrix in enumerate(("gate_proj", "up_proj")):
+        for half, matrix in enumerate(("gate_proj", "up_proj")):
             if f".{matrix}." in name:
                 param = params[name.replace(matrix, "gate_up_proj")]
-                param.weight_loader(param, tensor, shard_id)
+                param.weight_loader(param, tensor, half)
                 return
         param = params[name]
         loader = getattr(param, "weight_loader", default_weight_loader)

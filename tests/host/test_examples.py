@@ -1,0 +1,49 @@
+"""The examples that need the host: the client against a real server, the engine in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import requests
+
+from examples import offline_engine, openai_client
+from tests.host.serving import ROOT, Server
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+
+
+def run(*args: str) -> list[str]:
+    """The lines that an example prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def chat(server: Server, question: str) -> str:
+    """What the server answers to a question that is neither streamed nor asked through the client."""
+    body = {"model": "default", "messages": openai_client.user(question), "temperature": 0, "max_tokens": 128}
+    reply: requests.Response = server.post("/v1/chat/completions", body)
+    assert reply.ok, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server) -> None:
+    lines = run("examples.openai_client", "--url", server.url)
+    whole, streamed = openai_client.QUESTIONS
+    assert lines[:3] == [f"question: {whole}", f"answer:   {chat(server, whole)}", f"question: {streamed}"]
+    assert lines[3].removeprefix("pieces:   ").replace("|", "") == chat(server, streamed)
+    assert lines[3].count("|") >= 1
+
+
+def test_offline_engine_answers_every_question() -> None:
+    lines = run("examples.offline_engine", "--new-tokens", "64")
+    asked = [line.removeprefix("question: ") for line in lines if line.startswith("question: ")]
+    answers = [line for line in lines if line.startswith("answer:   ")]
+    forwards = [int(line.split()[1]) for line in lines if line.startswith("forwards: ")]
+    assert asked == offline_engine.QUESTIONS
+    assert len(answers) == len(forwards) == len(asked)
+    assert all(count >= 1 for count in forwards)

@@ -1,0 +1,232 @@
+"""The model class in the host's layers gives the reference's logits, on one rank and split over two.
+
+Each rank is a process of its own, because the host's parallel groups and hooks are made once per process. It runs what
+a scheduler runs, from the plugin's entry point to the model runner, without the scheduler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sglang_llada.errors import ConfigError
+from sglang_llada.llada2.reference import Llada2ForDiffusion
+from tests.host.serving import free_port
+from tests.toy import MASK, VOCAB, make_checkpoint
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(300)]
+
+T = 32
+CLOSE = 1e-4
+WIDTHS = {"intermediate_size": 128, "moe_intermediate_size": 64}  # multiples of 32 on each rank, as the host wants
+PATIENCE = 240
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """What every rank does: serve the checkpoint of a folder split in a way, and leave its logits in that folder."""
+
+    folder: Path
+    port: int
+    flags: tuple[str, ...]
+
+
+def sequences() -> list[list[int]]:
+    """Random tokens of 4 and 3 blocks, and those of 4 with one token of the third block changed; masks among all."""
+    random = torch.Generator().manual_seed(1)
+    long, short = (torch.randint(VOCAB, (blocks * T,), generator=random) for blocks in (4, 3))
+    long[-20:], short[::7] = MASK, MASK
+    changed = long.clone()
+    changed[2 * T + 5] = (changed[2 * T + 5] + 1) % 256
+    return [long.tolist(), short.tolist(), changed.tolist()]
+
+
+# --- in the ranks' processes ----------------------------------------------------------------------------------------
+
+
+def run_rank(rank: int, job: Job) -> None:
+    """Load the checkpoint and save what its model says of the sequences."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    runner = make_runner(rank, job)
+    results = {"together": together(runner), "one block after the other": one_after_the_other(runner)}
+    torch.save(results | after_an_update(runner), job.folder / f"rank{rank}.pt")
+
+
+def make_runner(rank: int, job: Job) -> Any:
+    """The host's model runner, made as its scheduler makes it."""
+    from sglang.srt.arg_groups.overrides import resolution_result
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+    from sglang.srt.server_args import prepare_server_args
+
+    args = prepare_server_args(
+        ["--model-path", str(job.folder), "--nccl-port", str(job.port), "--max-total-tokens", "2048", *job.flags]
+    )
+    world_rank = spawn_world_rank(args, tp_rank=rank, pp_rank=0)
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=rank))
+    initialize_moe_config()
+    config = ModelConfig.from_server_args(args)
+    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=job.port)
+    bootstrap.init_layer_runtime(model_config=config)
+    runner = ModelRunner(
+        model_config=config,
+        mem_fraction_static=resolution_result(args, "mem_fraction_static"),
+        gpu_id=rank,
+        nccl_port=job.port,
+        server_args=args,
+    )
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()
+    return runner
+
+
+def together(runner: Any) -> list[Tensor]:
+    """Logits [L, V] of the sequences, all their blocks in one forward and in no order."""
+    texts = sequences()
+    rows = [(slot, block) for slot, text in enumerate(texts) for block in range(len(text) // T)]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(2)).tolist()]
+    logits = dict(zip(rows, forward(runner, texts, rows), strict=True))
+    return [torch.cat([logits[slot, block] for block in range(len(text) // T)]) for slot, text in enumerate(texts)]
+
+
+def one_after_the_other(runner: Any) -> list[Tensor]:
+    """Logits [L, V] of the sequences, a forward per block."""
+    texts = sequences()
+    return [
+        torch.cat([forward(runner, texts, [(slot, block)])[0] for block in range(len(text) // T)])
+        for slot, text in enumerate(texts)
+    ]
+
+
+def after_an_update(runner: Any) -> dict[str, Any]:
+    """Logits with the last norm doubled by an update of that tensor alone, and what faulty updates are told."""
+    model = runner.model
+    norm = torch.full((model.config.hidden_size,), 2.0)
+    model.load_weights([("model.norm.weight", norm)])
+    return {
+        "norm doubled": together(runner),
+        "unknown": told(lambda: model.load_weights([("model.extra.weight", norm)])),
+        "misshapen": told(lambda: model.load_weights([("model.norm.weight", norm[:3])])),
+    }
+
+
+def told(call: Callable[[], None]) -> str:
+    """The message of the ConfigError that a call raises; empty if it raises none."""
+    try:
+        call()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
+    """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
+    from sglang_llada.host.executor import Executor
+
+    executor = Executor(runner, T, MASK)
+    for slot in range(len(texts)):  # page 0 is the host's, for padding
+        begin = (1 + 8 * slot) * T
+        runner.req_to_token_pool.req_to_token[slot, : 8 * T] = torch.arange(begin, begin + 8 * T)
+    ids = [token for slot, block in rows for token in texts[slot][block * T : (block + 1) * T]]
+    starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
+    with torch.inference_mode():
+        hidden = executor._forward(torch.tensor(ids), torch.tensor(starts), torch.tensor(slots), starts, slots)
+        return list(runner.model.logits(hidden).float().clone().split(T))
+
+
+# --- in the test's process ------------------------------------------------------------------------------------------
+
+
+def run_ranks(folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
+    """What each rank saved."""
+    job = Job(folder, free_port(), ("--tp-size", str(ranks), *flags))
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=run_rank, args=(rank, job), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(PATIENCE)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread per rank on any core, where the host would give each rank a NUMA node; nothing is compiled."""
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the host compiles its router, which takes longer than the test
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], how: str) -> None:
+    """Logits over the whole vocabulary, without the host's padding."""
+    assert [logits.shape for logits in got] == [logits.shape for logits in want]
+    off = max((g - w).abs().max().item() for g, w in zip(got, want, strict=True))
+    print(f"{how}: largest difference {off:.1e}")
+    assert off < CLOSE
+
+
+def rewrite(folder: Path, model: Llada2ForDiffusion) -> None:
+    """Store the network in the other spelling: prefixed names, fused experts, and no head if it is the embedding."""
+    tensors: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        before, _, after = name.partition(".mlp.experts.")
+        if after:
+            matrix = after.split(".")[1]
+            stacks.setdefault(f"{before}.mlp.experts.{matrix}", []).append(tensor)
+        elif not (model.config.tie_word_embeddings and name == "lm_head.weight"):
+            tensors[name] = tensor
+    tensors |= {name: torch.stack(parts) for name, parts in stacks.items()}
+    spelt = {
+        f"model.{name}" if name.startswith("lm_head.") else name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in spelt.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [(1, ()), (2, ()), (2, ("--ep-size", "2"))],
+    ids=["one rank", "two ranks", "experts on two ranks"],
+)
+def test_logits_are_the_references(tmp_path: Path, ranks: int, flags: tuple[str, ...]) -> None:
+    model = make_checkpoint(tmp_path, **WIDTHS)
+    want = [model.block_causal(text) for text in sequences()]
+    for rank, got in enumerate(run_ranks(tmp_path, ranks, *flags)):
+        assert_close(got["together"], want, f"rank {rank}, together")
+        assert_close(got["one block after the other"], want, f"rank {rank}, one block after the other")
+        assert_close(got["norm doubled"], [2 * logits for logits in want], f"rank {rank}, norm doubled")
+        assert "unknown tensor model.extra.weight" in got["unknown"]
+        assert "model.norm.weight has shape [3], expected [64]" in got["misshapen"]
+
+
+def test_tied_embeddings_and_the_other_spelling(tmp_path: Path) -> None:
+    options = {"num_shared_experts": 2, "moe_router_enable_expert_bias": False, "norm_topk_prob": False}
+    model = make_checkpoint(tmp_path, tie_word_embeddings=True, **WIDTHS, **options)
+    rewrite(tmp_path, model)
+    want = [model.block_causal(text) for text in sequences()]
+    for rank, got in enumerate(run_ranks(tmp_path, 2)):
+        assert_close(got["together"], want, f"rank {rank}")
