@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """The user's to mend: a flag, a checkpoint file or a request option; the message has the value and the allowed ones."""
+    """The user's to mend: a flag, a checkpoint file or a request option; the message has value and allowed ones."""
 
 
 class HostMismatch(SystemExit):

@@ -18,7 +18,7 @@ TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """`asks` tells whether a request wants what we do not do; `sentence` is formatted with request `r`, parameters `p`."""
+    """`asks` tells whether a request wants what we do not do; `sentence` gets request `r` and parameters `p`."""
 
     asks: Callable[[Any, Any], Any]
     sentence: str
@@ -59,7 +59,6 @@ REFUSALS = (
         lambda r, p: r.session is not None and r.session.streaming,
         "streaming sessions are not supported; the prefix cache reuses earlier turns without them",
     ),
-    Refusal(lambda r, p: r.is_prefill_only and r.return_logprob, "scoring requests are not supported"),
 )
 
 

@@ -113,10 +113,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError("the server survived Ctrl-C for 30 seconds") from None
+            raise AssertionError("the server survived Ctrl-C for 60 seconds") from None
     left = session_members(process.pid)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
