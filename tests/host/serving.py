@@ -41,10 +41,12 @@ class Server:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
-    def generate_all(self, prompts: list[list[int]], max_new_tokens: int, at_once: int) -> list[dict[str, Any]]:
+    def generate_all(
+        self, prompts: list[list[int]], max_new_tokens: int, at_once: int, **options: Any
+    ) -> list[dict[str, Any]]:
         """Many requests, `at_once` at a time; answers in the order of the prompts."""
         with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(lambda ids: self.generate(ids, max_new_tokens), prompts))
+            return list(pool.map(lambda ids: self.generate(ids, max_new_tokens, **options), prompts))
 
     def post(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> requests.Response:
         """POST a JSON body."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +10,20 @@ from typing import Any
 
 import pytest
 
+from sglang_llada.llada2.checkpoint import CheckpointFacts
+from sglang_llada.llada2.reference import Llada2ForDiffusion, generate
 from tests.host.conftest import NEW_TOKENS, TINY, Case
 from tests.host.serving import Server, serving
 
 CONTEXT = 2080
+LONG_ANSWERS, LONG_TOKENS = 16, 256
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose KV pool holds two or three of the long prompts and whose forwards have 8 rows."""
+    """A server whose KV pool holds one or two of the long prompts and whose forwards have 8 rows."""
     log = tmp_path_factory.mktemp("tight") / "log"
     args = (
         "--context-length",
@@ -30,10 +32,12 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "2560",
         "--chunked-prefill-size",
         "256",
-        "--schedule-conservativeness",
-        "0.01",
     )
-    with serving(TINY, log, *args, env={"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}) as running:
+    env = {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1",  # admit as if answers had one token
+    }
+    with serving(TINY, log, *args, env=env) as running:
         yield running
 
 
@@ -94,21 +98,21 @@ def test_random_order_with_aborts_and_a_warm_cache(server: Server, cases: list[C
     compare(shuffled, answers, "random order, aborts, warm cache")
 
 
-def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case]) -> None:
+@pytest.fixture(scope="module")
+def long_cases(cases: list[Case], facts: CheckpointFacts, reference: Llada2ForDiffusion) -> list[Case]:
+    """Short prompts with long answers, which outgrow the small pool together."""
+    prompts = [case.prompt[:40] for case in cases[20 : 20 + LONG_ANSWERS]]
+    return [Case(ids, generate(reference, ids, LONG_TOKENS, mask_id=facts.mask_id)) for ids in prompts]
+
+
+def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case], long_cases: list[Case]) -> None:
     """Prompts are split over forwards, and long answers beside them fill the pool, so that requests are retracted."""
-    done = threading.Event()
-
-    def press(number: int) -> None:
-        while not done.is_set():
-            tight.generate(cases[number].prompt[:20], 500, ignore_eos=True, custom_params={"threshold": 0.5})
-
-    with ThreadPoolExecutor(14) as others:
-        pressing = [others.submit(press, number) for number in range(20, 34)]
-        answers = tight.generate_all([c.prompt for c in cases], NEW_TOKENS, 32)
-        done.set()
-        for each in pressing:
-            each.result()
-    compare(cases, answers, "small pool, 8 rows")
+    with ThreadPoolExecutor(1) as beside:
+        prompts = [case.prompt for case in long_cases]
+        long = beside.submit(tight.generate_all, prompts, LONG_TOKENS, LONG_ANSWERS, ignore_eos=True)
+        answers = tight.generate_all([case.prompt for case in cases], NEW_TOKENS, 32)
+        answers += long.result()
+    compare(cases + long_cases, answers, "small pool, 8 rows")
     retracted = sum(answer["meta_info"]["num_retractions"] > 0 for answer in answers)
     print(f"requests that were retracted: {retracted}")
     assert retracted > 0, "the pool was never full, so nothing was shown"

@@ -135,6 +135,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_llada.host import arguments
 
     monkeypatch.setattr(arguments, "facts_of", lambda path, revision: SimpleNamespace(block_size=T, mask_id=MASK))
+    monkeypatch.setattr(arguments, "check_files", lambda folder: None)
     return arguments
 
 
@@ -222,6 +223,8 @@ ASKING = {
     "--enable-mixed-chunk": {"enable_mixed_chunk": True},
     "--no-dllm-fdfo": {"dllm_fdfo": False},
     "--is-embedding": {"is_embedding": True},
+    "--enable-dp-attention": {"enable_dp_attention": True},
+    "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
 }
 
 
