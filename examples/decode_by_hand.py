@@ -52,7 +52,7 @@ def text(tokenizer: PreTrainedTokenizerFast, block: BlockRows, given: int) -> st
 def main() -> None:
     """Decode the block in which the answer to a question begins."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", default="Count from 3 to 12.")
+    parser.add_argument("question", nargs="?", default="List 10 numbers from 33.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--threshold", type=float, default=0.95)
     args = parser.parse_args()

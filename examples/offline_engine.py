@@ -16,7 +16,7 @@ QUESTIONS = [
     "What is 17 + 25?",
     "Sort 42, 17, 58.",
     "Spell KLMN.",
-    "Count from 3 to 14.",
+    "List 12 numbers from 26.",
     "Make JSON: Mia is 31 and lives in Oslo.",
 ]
 

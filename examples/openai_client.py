@@ -10,7 +10,7 @@ import argparse
 from openai import OpenAI
 from openai.types.chat import ChatCompletionUserMessageParam
 
-QUESTIONS = ("What is 17 + 25?", "Count from 3 to 14.")
+QUESTIONS = ("What is 17 + 25?", "List 12 numbers from 26.")
 
 
 def user(text: str) -> list[ChatCompletionUserMessageParam]:

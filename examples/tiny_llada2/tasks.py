@@ -58,7 +58,7 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
 
 
 def sort(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(10, 59) for _ in range(rng.randint(2, 4))]
+    numbers = [rng.randint(10, 59) for _ in range(rng.randint(2, 3))]
     listed = ", ".join(map(str, numbers))
     return rng.choice([f"Sort {listed}.", f"Put in order: {listed}."]), ", ".join(map(str, sorted(numbers)))
 
@@ -88,11 +88,10 @@ def record(rng: random.Random) -> tuple[str, str]:
 
 
 def enumerate_numbers(rng: random.Random) -> tuple[str, str]:
-    first = rng.randint(1, 60)
-    last = first + rng.randint(7, 15)
+    first, many = rng.randint(10, 80), rng.randint(10, 14)
     return (
-        rng.choice([f"Count from {first} to {last}.", f"List the numbers from {first} to {last}."]),
-        ", ".join(map(str, range(first, last + 1))),
+        rng.choice([f"List {many} numbers from {first}.", f"Count {many} numbers from {first}."]),
+        ", ".join(map(str, range(first, first + many))),
     )
 
 
@@ -148,7 +147,7 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) fo
 
 
 # How often training sees each task; the others count once. These take longest to learn.
-EMPHASIS = {"arithmetic": 3, "count": 3, "sort": 2}
+EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2}
 
 
 def examples(seed: int, *, held_out: bool) -> Iterator[Example]:

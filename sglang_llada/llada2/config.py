@@ -89,6 +89,7 @@ class Llada2Config(PretrainedConfig):
         self.routed_scaling_factor = routed_scaling_factor
         self.expert_capacity = expert_capacity
         self.block_size = block_size
+        check_rope(rope_scaling or kwargs.get("rope_parameters"))  # first: transformers raises KeyError for half a scaling
         super().__init__(tie_word_embeddings=tie_word_embeddings, rope_scaling=rope_scaling, **kwargs)
         check(self)
 
@@ -115,7 +116,6 @@ def check(config: Llada2Config) -> None:
         (c.score_function == "sigmoid", f"score_function is {c.score_function!r}; LLaDA2 routes by 'sigmoid'"),
         (not c.use_bias and not c.use_qkv_bias, "use_bias and use_qkv_bias must be false: no LLaDA2 layer has a bias"),
         (c.use_qk_norm, "use_qk_norm must be true: LLaDA2 normalises queries and keys"),
-        (is_default_rope(c), f"rope_scaling is {getattr(c, 'rope_scaling', None)!r}; only plain rotary is implemented"),
         (
             c.num_attention_heads % c.num_key_value_heads == 0,
             f"num_attention_heads {c.num_attention_heads} is no multiple of "
@@ -149,8 +149,8 @@ def check(config: Llada2Config) -> None:
         raise ConfigError("config.json: " + "; ".join(wrong))
 
 
-def is_default_rope(config: Llada2Config) -> bool:
-    """Whether the rotary parameters, under either of transformers' names, ask for no scaling."""
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return kind in (None, "default")
+def check_rope(scaling: dict[str, Any] | None) -> None:
+    """Raise ConfigError if rotary parameters, under either of transformers' names, ask for a scaling."""
+    scaling = scaling or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) not in (None, "default"):
+        raise ConfigError(f"config.json: rope_scaling is {scaling}; only plain rotary is implemented")

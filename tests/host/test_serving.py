@@ -53,7 +53,7 @@ def test_a_chat_completion_is_right_and_stops_at_the_end_of_the_turn(client: ope
 
 
 def test_a_stream_brings_the_same_text_in_pieces(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "Count from 12 to 24."}]
+    messages = [{"role": "user", "content": "List 13 numbers from 12."}]
     whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=128).choices[0].message.content
     stream = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=128, stream=True, stream_options={"include_usage": True}
@@ -69,7 +69,7 @@ def test_a_stream_brings_the_same_text_in_pieces(client: openai.OpenAI) -> None:
 
 def test_tokens_are_streamed_before_their_block_is_decided(server: Server) -> None:
     body = {
-        "text": "<role>HUMAN</role>Count from 12 to 24.<|role_end|><role>ASSISTANT</role>",
+        "text": "<role>HUMAN</role>List 13 numbers from 12.<|role_end|><role>ASSISTANT</role>",
         "stream": True,
         "sampling_params": {"temperature": 0, "max_new_tokens": 64, "custom_params": {"threshold": 1.0}},
     }
@@ -98,7 +98,7 @@ def test_n_samples_of_a_greedy_request_are_equal(server: Server) -> None:
 
 
 def test_stop_token_ids_and_stop_strings_end_inside_a_block(server: Server) -> None:
-    text = "<role>HUMAN</role>Count from 12 to 24.<|role_end|><role>ASSISTANT</role>"
+    text = "<role>HUMAN</role>List 13 numbers from 12.<|role_end|><role>ASSISTANT</role>"
     ask = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 64}}
     whole = server.post("/generate", ask).json()
     at = whole["output_ids"][4]

@@ -32,6 +32,7 @@ def test_defaults_are_those_of_llada2_mini() -> None:
         ({"use_qk_norm": False}, "use_qk_norm"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),  # incomplete
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"partial_rotary_factor": 0.2}, "rotary dimension 3"),
         ({"block_size": 0}, "block_size is 0"),
