@@ -34,12 +34,13 @@ def decode_block(
     while block.open.any():
         logits = model.block_causal(prompt[:start] + block.ids[0].tolist())[start:]  # [T, V]
         found = best(logits, mask_id)
-        out = step(block, Scores(token=found.token[None], prob=found.prob[None]), state, params)
+        scores = Scores(token=found.token.T, prob=found.prob.T)  # [1, T]
+        out = step(block, scores, state, params)
         decided = (block.open & ~out.open)[0].nonzero().flatten().tolist()
         block, state = BlockRows(ids=out.ids, open=out.open), out.state
         print(f"step {state.step.item()}: {text(tokenizer, block, given)}")
         for i in decided:
-            print(f"    {i:2} {tokenizer.decode([block.ids[0, i].item()])!r} {found.prob[i]:.3f}")
+            print(f"    {i:2} {tokenizer.decode([block.ids[0, i].item()])!r} {found.prob[i, 0]:.3f}")
     return block.ids[0, given:].tolist()
 
 

@@ -34,7 +34,7 @@ RULES = {
     "config": Rule(frozenset({"errors"})),
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
-    "decode": Rule(BASE, frozenset({"torch"})),
+    "decode": Rule(BASE, frozenset({"torch", "triton"})),
     "llada2": Rule(BASE, frozenset({"torch", "transformers", "safetensors", "tokenizers"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),

@@ -1,45 +1,156 @@
-"""From logits to scores: the best token of a position and its probability, nothing else of the vocabulary kept."""
+"""Selection without logits: a position's best tokens and their probabilities, of a vocabulary that is never whole.
+
+The head runs over chunks of the vocabulary and keeps, per position, the terms of a running softmax and the best tokens
+so far. Chunks, parts that run side by side on a device, and shards of several ranks are reduced to the same record,
+`Partial`, and put together by the same function, `fold`; ranks exchange `Partial.pack()`, 8 (k + 1) bytes per position.
+
+Logits are fp32 whatever the weights are: products are accumulated in fp32 and never rounded to the weights' type. A
+step needs positions x VOCAB_CHUNK of them at once, plus one chunk of weights where those are not fp32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # positions whose logits exist at once: memory is CHUNK x V, whatever the step's size
+VOCAB_CHUNK = 4096  # token ids whose logits exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Rows of the output embedding, [v, H]: those of the token ids from `first` on."""
+
+    weight: Tensor
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Of each position over part of the vocabulary; minus infinity where there are fewer than k candidates.
+
+    logit: fp32 [P, k], the largest logits, falling. token: int64 [P, k], their ids.
+    peak: fp32 [P], the largest logit, the mask's included. total: fp32 [P], sum of exp(logit - peak).
+    """
+
+    logit: Tensor
+    token: Tensor
+    peak: Tensor
+    total: Tensor
+
+    def pack(self) -> Tensor:
+        """All of it as fp32 [P, 2k + 2]; ids below 2**24 survive exactly."""
+        return torch.cat((self.logit, self.token.float(), self.peak[:, None], self.total[:, None]), dim=-1)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Partial:
+        """The inverse of pack."""
+        k = packed.shape[-1] // 2 - 1
+        return Partial(packed[:, :k], packed[:, k : 2 * k].long(), packed[:, -2], packed[:, -1])
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Of each position: token int64 [P] and its probability fp32 [P].
+    """Of each position the k best tokens, int64 [P, k], best first, and their probabilities, fp32 [P, k].
 
-    A position whose logits hold a NaN or only minus infinity has token -1 and probability 0.
+    A position whose logits hold a NaN or plus infinity, or only minus infinity, has tokens -1 and probabilities 0.
     """
 
     token: Tensor
     prob: Tensor
 
 
-def select(hidden: Tensor, head: Callable[[Tensor], Tensor], mask_id: int) -> Best:
-    """Best token of each position and its probability.
+Exchange = Callable[[Tensor], Sequence[Tensor]]
+
+
+def select(hidden: Tensor, head: Head, mask_id: int, count: int = 1, exchange: Exchange | None = None) -> Best:
+    """Best tokens of each position; of equal logits the lowest id.
 
     Args:
         hidden: normed hidden states of the positions, [P, H].
-        head: gives logits [p, V] of hidden states [p, H].
+        head: what this rank holds of the output embedding.
         mask_id: never a candidate; it counts in the probability.
+        count: k, how many tokens per position.
+        exchange: with a sharded vocabulary, gives every rank's tensor in order of rank for this rank's.
     """
-    parts = [best(head(chunk).float(), mask_id) for chunk in hidden.split(CHUNK)]
-    return Best(torch.cat([p.token for p in parts]), torch.cat([p.prob for p in parts]))
+    part = reduce(hidden, head, mask_id, count)
+    if exchange is not None:
+        part = merge([Partial.unpack(packed) for packed in exchange(part.pack())])
+    return finish(part)
 
 
-def best(logits: Tensor, mask_id: int) -> Best:
-    """As select, of logits fp32 [P, V]; of equal logits the lowest id."""
-    norm = logits.logsumexp(-1)
-    candidates = logits.clone()
-    candidates[:, mask_id] = float("-inf")
-    token = candidates.argmax(-1)  # the first of equals, as torch documents
-    prob = (candidates.gather(-1, token[:, None]).squeeze(-1) - norm).exp()
-    sound = prob.isfinite() & norm.isfinite()
-    return Best(token.where(sound, -1), prob.where(sound, 0.0))
+def best(logits: Tensor, mask_id: int, count: int = 1) -> Best:
+    """As select, of logits [P, V] that exist already."""
+    return finish(reduce_logits(logits.float(), 0, mask_id, count))
+
+
+def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
+    """A head reduced chunk by chunk."""
+    if hidden.is_cuda:
+        from sglang_llada.decode import select_triton
+
+        return select_triton.reduce(hidden, head, mask_id, count)
+    part: Partial | None = None
+    hidden = hidden.float()
+    for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):
+        first = head.first + at * VOCAB_CHUNK
+        chunk = reduce_logits(F.linear(hidden, rows.float()), first, mask_id, count)
+        part = chunk if part is None else merge([part, chunk])
+    assert part is not None
+    return part
+
+
+def reduce_logits(logits: Tensor, first: int, mask_id: int, count: int) -> Partial:
+    """Logits fp32 [P, v] of the token ids from `first` on, reduced."""
+    ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
+    value, index = top(logits.masked_fill(ids == mask_id, float("-inf")), count)
+    peak = logits.amax(-1)
+    return Partial(value, index + first, peak, (logits - reference_of(peak)[:, None]).exp().sum(-1))
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """Parts of the vocabulary, in order of their token ids, put together."""
+    return fold(
+        torch.cat([part.logit for part in parts], dim=-1),
+        torch.cat([part.token for part in parts], dim=-1),
+        torch.stack([part.peak for part in parts]),
+        torch.stack([part.total for part in parts]),
+        parts[0].logit.shape[-1],
+    )
+
+
+def fold(logit: Tensor, token: Tensor, peak: Tensor, total: Tensor, count: int) -> Partial:
+    """One record of S parts: logit, token [P, n], of equal logits the lower ids first; peak, total [S, P]."""
+    value, index = top(logit, count)
+    highest = peak.amax(0)
+    mass = total * (peak - reference_of(highest)).exp()
+    return Partial(value, token.gather(-1, index), highest, mass.sum(0))
+
+
+def finish(part: Partial) -> Best:
+    """Probabilities of a whole vocabulary's record."""
+    prob = (part.logit - part.peak[:, None]).exp() / part.total[:, None]
+    sound = prob[:, :1].isfinite()
+    return Best(part.token.where(sound, -1), prob.where(sound, 0.0))
+
+
+def reference_of(peak: Tensor) -> Tensor:
+    """What to subtract before exp(): the peak, but 0 where all is minus infinity, so that terms are 0 and not NaN."""
+    return peak.masked_fill(peak == float("-inf"), 0.0)
+
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of [P, n] and where they stand, both [P, count]; of equals the first.
+
+    torch.topk does not say which of equals it gives; argmax gives the first.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    for _ in range(count):
+        index = values.argmax(-1, keepdim=True)
+        found.append((values.gather(-1, index), index))
+        if len(found) < count:
+            values = values.scatter(-1, index, float("-inf"))
+    return torch.cat([v for v, _ in found], dim=-1), torch.cat([i for _, i in found], dim=-1)

@@ -69,9 +69,10 @@ class Executor:
         hidden = self._forward(ids, start, slot, starts, slots)  # [R * T, H]
         if not denoise:
             return InFlight(plan, None)
-        best = select(hidden[open_index], self.runner.model.logits, self.mask_id)
-        token = torch.zeros_like(ids).index_copy(0, open_index, best.token).view(-1, T)[rows]
-        prob = torch.zeros(ids.shape, device=self.device).index_copy(0, open_index, best.prob).view(-1, T)[rows]
+        model = self.runner.model
+        best = select(hidden[open_index], model.head, self.mask_id, exchange=model.exchange)
+        token = torch.zeros_like(ids).index_copy(0, open_index, best.token[:, 0]).view(-1, T)[rows]
+        prob = torch.zeros(ids.shape, device=self.device).index_copy(0, open_index, best.prob[:, 0]).view(-1, T)[rows]
         is_open = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, open_index, True).view(-1, T)[rows]
         params = [plan.rows[i].request.params for i in denoise]
         decided = ALGORITHMS[params[0].algorithm].step(

@@ -89,7 +89,9 @@ class Llada2Config(PretrainedConfig):
         self.routed_scaling_factor = routed_scaling_factor
         self.expert_capacity = expert_capacity
         self.block_size = block_size
-        check_rope(rope_scaling or kwargs.get("rope_parameters"))  # first: transformers raises KeyError for half a scaling
+        check_rope(
+            rope_scaling or kwargs.get("rope_parameters")
+        )  # first: transformers raises KeyError for half a scaling
         super().__init__(tie_word_embeddings=tie_word_embeddings, rope_scaling=rope_scaling, **kwargs)
         check(self)
 

@@ -146,7 +146,13 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
         hidden = executor._forward(torch.tensor(ids), torch.tensor(starts), torch.tensor(slots), starts, slots)
-        return list(runner.model.logits(hidden).float().clone().split(T))
+        return list(logits(runner.model, hidden).split(T))
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Over the whole vocabulary: every rank's part of the head, with the host's padding cut off."""
+    local = hidden.float() @ model.lm_head.weight.float().T
+    return torch.cat(list(model.exchange(local) if model.exchange else [local]), dim=-1)[:, : model.config.vocab_size]
 
 
 # --- in the test's process ------------------------------------------------------------------------------------------

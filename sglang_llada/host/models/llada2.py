@@ -7,13 +7,13 @@ is its sequence length, so a row sees all blocks up to its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.distributed import tensor_model_parallel_all_gather
+from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_tp_group
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
@@ -34,6 +34,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
+from sglang_llada.decode.select import Exchange, Head
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
 
@@ -284,13 +285,20 @@ class LLaDA2MoeModelLM(nn.Module):
         hidden = self.model(input_ids, positions, forward_batch)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [P, V] of hidden states [P, H], over the whole vocabulary on every rank."""
-        local = F.linear(hidden.to(self.lm_head.weight.dtype), self.lm_head.weight)
-        if get_parallel().tp_size > 1:
-            local = tensor_model_parallel_all_gather(local)
-        return local[:, : self.config.vocab_size]  # the host pads the vocabulary
+    @property
+    def head(self) -> Head:
+        """This rank's rows of the output embedding, without the host's padding."""
+        shard = self.lm_head.shard_indices
+        return Head(self.lm_head.weight[: shard.num_org_elements], shard.org_vocab_start_index)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Gathers a tensor of every rank that holds a part of the head; None if this one holds all of it."""
+        return None if self.lm_head.tp_size == 1 else self._gather
+
+    def _gather(self, mine: Tensor) -> Sequence[Tensor]:
+        group = get_attn_tp_group() if self.lm_head.use_attn_tp_group else get_tp_group()
+        return group.all_gather(mine, dim=0).chunk(self.lm_head.tp_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load a checkpoint, or later part of one (weight updates).
