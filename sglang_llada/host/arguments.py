@@ -65,8 +65,11 @@ def fill_in_platform(server_args: Any) -> None:
     args = resolving_view(server_args)
     # One core stays free for the server's other processes: torch's threads wait for the slowest of them. Read by the
     # schedulers, which are started after this.
-    spare = max(len(os.sched_getaffinity(0)) - 1, 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(spare // args.tp_size, 1)))
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((len(cores) - 1) // args.tp_size, 1)))
+    # The host wants one NUMA node per rank, or to be told; only its own kernels would bind threads to what it is told.
+    ranks = args.tp_size * args.dp_size
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([",".join(map(str, cores))] * ranks))
     declare_resolution(
         server_args,
         "sglang_llada",

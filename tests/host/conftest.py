@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,27 @@ class Case:
     def close_call(self) -> bool:
         """Whether some decision was too near to call."""
         return min(self.want.margins) < CLOSE
+
+
+def compare(cases: list[Case], answers: list[dict[str, Any]], how: str) -> None:
+    """Every answer is the reference's; close calls are counted and set apart."""
+    wrong, close = [], 0
+    for case, answer in zip(cases, answers, strict=True):
+        if case.close_call:
+            close += 1
+            continue
+        meta = answer["meta_info"]
+        same = (
+            answer["output_ids"] == case.want.token_ids
+            and meta["finish_reason"]["type"] == case.want.finish
+            and meta["completion_tokens"] == len(case.want.token_ids)
+            and (meta["num_retractions"] > 0 or sum(meta["dllm_forward_counts"]) == case.want.forwards)
+        )
+        if not same:
+            wrong.append((len(case.prompt), answer["output_ids"], case.want.token_ids))
+    print(f"{how}: {len(cases) - close - len(wrong)} exact, {close} close calls set apart, {len(wrong)} wrong")
+    assert not wrong, wrong[:3]
+    assert close < len(cases) // 10
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,12 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import Llada2ForDiffusion, generate
-from tests.host.conftest import NEW_TOKENS, TINY, Case
+from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
 from tests.host.serving import Server, serving
 
 CONTEXT = 2080
@@ -39,27 +38,6 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     }
     with serving(TINY, log, *args, env=env) as running:
         yield running
-
-
-def compare(cases: list[Case], answers: list[dict[str, Any]], how: str) -> None:
-    """Every answer is the reference's; close calls are counted and set apart."""
-    wrong, close = [], 0
-    for case, answer in zip(cases, answers, strict=True):
-        if case.close_call:
-            close += 1
-            continue
-        meta = answer["meta_info"]
-        same = (
-            answer["output_ids"] == case.want.token_ids
-            and meta["finish_reason"]["type"] == case.want.finish
-            and meta["completion_tokens"] == len(case.want.token_ids)
-            and (meta["num_retractions"] > 0 or sum(meta["dllm_forward_counts"]) == case.want.forwards)
-        )
-        if not same:
-            wrong.append((len(case.prompt), answer["output_ids"], case.want.token_ids))
-    print(f"{how}: {len(cases) - close - len(wrong)} exact, {close} close calls set apart, {len(wrong)} wrong")
-    assert not wrong, wrong[:3]
-    assert close < len(cases) // 10
 
 
 def test_one_at_a_time_from_a_cold_cache(server: Server, cases: list[Case]) -> None:
