@@ -46,7 +46,6 @@ REFUSALS = (
     Refusal("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
-    Refusal("--enable-dp-attention", lambda a: a.enable_dp_attention),
     Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
 )
 
@@ -73,7 +72,8 @@ def fill_in_platform(server_args: Any) -> None:
     declare_resolution(
         server_args,
         "sglang_llada",
-        sleep_on_idle=True,  # the host's idle loop would keep a core busy
+        # The host's idle loop would keep a core busy; ranks that wait for each other in each turn must not sleep.
+        sleep_on_idle=not attention_dp(args),
         device=current_platform.device_type,
         disable_cuda_graph=True,
         attention_backend=args.attention_backend or ATTENTION_BACKEND,
@@ -102,6 +102,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
         chosen["page_size"] = page_size(args)
+        # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
+        chosen["enable_dp_lm_head"] = attention_dp(args)
         # FlashInfer's ragged path attends before it writes; rows of one request in one forward need the reverse.
         os.environ.setdefault("SGLANG_FLASHINFER_USE_PAGED", "1")
     declare_resolution(server_args, "sglang_llada", **chosen)
@@ -148,6 +150,11 @@ def own_flag(flag: str) -> str:
     """The one value of --dllm-algorithm that stands for a flag and its aliases."""
     algorithm = algorithm_of_flag(flag)
     return next(name for name in FLAGS if FLAGS[name] == algorithm)
+
+
+def attention_dp(args: Any) -> bool:
+    """Whether ranks attend for requests of their own; the host turns the first flag into the second."""
+    return bool(args.enable_dp_attention or args.attn_dp_size > 1)
 
 
 def refuse_unsupported(args: Any) -> None:

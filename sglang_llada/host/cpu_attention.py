@@ -198,6 +198,8 @@ class RowAttention(AttentionBackend):
         """KV length of a padded row, so that no attention is over nothing."""
         return 1
 
+    get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing to keep: a replay plans its spans anew."""
 

@@ -50,12 +50,13 @@ class Executor:
         self.offsets = torch.arange(block_size, device=self.device)
 
     @torch.inference_mode()
-    def launch(self, plan: Plan, slots: list[int]) -> InFlight:
+    def launch(self, plan: Plan, slots: list[int], of_ranks: list[int] | None = None) -> InFlight:
         """Enqueue a plan's forward and decode step.
 
         Args:
-            plan: at least one row.
+            plan: its rows; none on a rank that takes part for the sake of the others' experts.
             slots: for each row, its request's row in the host's req_to_token table.
+            of_ranks: under DP attention, the tokens of each of its ranks in this forward.
         """
         T = self.block_size
         denoise = [i for i, row in enumerate(plan.rows) if row.kind is RowKind.DENOISE]
@@ -66,7 +67,7 @@ class Executor:
         steps = [plan.rows[i].request.block.steps for i in denoise]
         ids, start, slot, open_index, rows, step = self._to_device(tokens, starts, slots, open_at, denoise, steps)
 
-        hidden = self._forward(ids, start, slot, starts, slots)  # [R * T, H]
+        hidden = self._forward(ids, start, slot, starts, slots, of_ranks)  # [R * T, H]
         if not denoise:
             return InFlight(plan, None)
         model = self.runner.model
@@ -105,12 +106,20 @@ class Executor:
         packed = torch.tensor([x for part in lists for x in part], dtype=torch.int64)
         return packed.to(self.device, non_blocking=True).split([len(part) for part in lists])
 
-    def _forward(self, ids: Tensor, start: Tensor, slot: Tensor, starts: list[int], slots: list[int]) -> Tensor:
+    def _forward(
+        self,
+        ids: Tensor,
+        start: Tensor,
+        slot: Tensor,
+        starts: list[int],
+        slots: list[int],
+        of_ranks: list[int] | None = None,
+    ) -> Tensor:
         """Hidden states after the last norm, [R * T, H], of rows given as ids [R * T], start [R] and slot [R]."""
         T, R = self.block_size, len(starts)
         positions = start[:, None] + self.offsets  # [R, T]
         batch = ForwardBatch(
-            forward_mode=ForwardMode.DLLM_EXTEND,
+            forward_mode=ForwardMode.DLLM_EXTEND if R else ForwardMode.IDLE,
             batch_size=R,
             input_ids=ids,
             req_pool_indices=slot,
@@ -130,6 +139,12 @@ class Executor:
             extend_prefix_lens_cpu=starts,
             extend_logprob_start_lens_cpu=[T] * R,
         )
+        if of_ranks is not None:
+            batch.is_extend_in_batch = True
+            batch.original_global_num_tokens_cpu = batch.global_num_tokens_cpu = of_ranks
+            batch.global_num_tokens_gpu = torch.tensor(of_ranks, device=self.device)
+            batch.global_num_tokens_for_logprob_cpu = of_ranks
+            batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
         self.runner.kv_index_translator.bind_own_plan(batch)
         batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
         output = self.runner.forward(batch)

@@ -35,10 +35,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "native"
 
     def init_backend(self) -> None:
-        """Register our attention backend; called in each worker."""
+        """Register our attention backend, and DP attention's plain copies; called in each worker."""
+        from sglang.srt.layers import dp_attention
+        from sglang.srt.model_executor import forward_batch_info
+
         from sglang_llada.host import cpu_attention
 
         cpu_attention.register()
+        # The host has torch code for both, which it takes on its own CPU engine only.
+        dp_attention.memcpy_func = dp_attention.memcpy_cpu
+        forward_batch_info._is_cpu = True
 
     def post_load_model(self, model: Any) -> None:
         """Take over the expert layers of LLaDA2; called in each worker once weights are loaded."""

@@ -18,6 +18,7 @@ import time
 from http import HTTPStatus
 from typing import Any
 
+import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult
@@ -30,7 +31,7 @@ from sglang.srt.mem_cache.common import (
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.observability.req_time_stats import set_time_batch
-from sglang.srt.runtime_context import get_schedule, get_serving
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
@@ -43,6 +44,7 @@ from sglang_llada.host.streaming import LladaOutputStreamer
 
 logger = logging.getLogger(__name__)
 
+IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -140,7 +142,8 @@ class LladaScheduler(Scheduler):
     def _launch(self) -> bool:
         """Stage: plan the next step and enqueue it."""
         plan = self._plan()
-        if not plan.rows:
+        tokens = self._tokens_of_ranks(len(plan.rows) * self.facts.block_size)
+        if not any(tokens):
             return False
         self.forward_ct += 1
         self.cur_batch_for_debug = self.running_batch
@@ -148,7 +151,7 @@ class LladaScheduler(Scheduler):
         self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
         self.profiler_manager._profile_batch_predicate(self.running_batch)
         slots = [self.reqs[row.request.rid].kv.req_pool_idx for row in plan.rows]
-        self.in_flight = self.executor.launch(plan, slots)
+        self.in_flight = self.executor.launch(plan, slots, tokens if len(tokens) > 1 else None)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
         return True
@@ -164,6 +167,18 @@ class LladaScheduler(Scheduler):
                 self._book()  # may end requests and so free pages
             else:
                 self._retract_one()
+
+    def _tokens_of_ranks(self, mine: int) -> list[int]:
+        """Tokens that each DP attention rank has for the next forward: all take part, or none does."""
+        parallel = get_parallel()
+        if parallel.attn_dp_size == 1:
+            return [mine]
+        everyones = torch.empty(parallel.tp_size, dtype=torch.int64)
+        torch.distributed.all_gather_single(everyones, torch.tensor([mine]), group=parallel.tp_group.cpu_group)
+        tokens: list[int] = everyones[:: parallel.attn_tp_size].tolist()
+        if not any(tokens):
+            time.sleep(IDLE_SECONDS)
+        return tokens
 
     # --- admission --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
 FLAGS = {
     "tensor": ("--tp-size", "2"),
     "experts": ("--tp-size", "2", "--ep-size", "2"),
+    "attention": ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
 }
 
 

@@ -223,7 +223,6 @@ ASKING = {
     "--enable-mixed-chunk": {"enable_mixed_chunk": True},
     "--no-dllm-fdfo": {"dllm_fdfo": False},
     "--is-embedding": {"is_embedding": True},
-    "--enable-dp-attention": {"enable_dp_attention": True},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
 }
 

@@ -283,7 +283,8 @@ class LLaDA2MoeModelLM(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> LogitsProcessorOutput:
         """Hidden states after the last norm of all tokens, [N, H], in the host's output record."""
         hidden = self.model(input_ids, positions, forward_batch)
-        return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
+        # The host cuts padded rows off both; logits of no width, because those that matter are selected from later.
+        return LogitsProcessorOutput(next_token_logits=hidden[:, :0], hidden_states=hidden)
 
     @property
     def head(self) -> Head:
