@@ -35,7 +35,7 @@ RULES = {
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),
-    "llada2": Rule(BASE, frozenset({"torch", "transformers", "safetensors", "tokenizers"})),
+    "llada2": Rule(BASE, frozenset({"torch", "triton", "transformers", "safetensors", "tokenizers"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),
     "__main__": Rule(PURE | {"host", "plugin"}, ANY),

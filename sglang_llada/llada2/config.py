@@ -129,14 +129,18 @@ def check(config: Llada2Config) -> None:
             0 <= c.first_k_dense_replace <= c.num_hidden_layers,
             f"first_k_dense_replace {c.first_k_dense_replace} is outside 0 to num_hidden_layers {c.num_hidden_layers}",
         ),
-        (c.expert_capacity is None, f"expert_capacity is {c.expert_capacity}; block routing is not supported"),
         (
-            c.n_group >= 1 and c.num_experts % c.n_group == 0,
+            c.expert_capacity is None or c.num_experts_per_tok <= c.expert_capacity <= c.num_experts,
+            f"expert_capacity {c.expert_capacity} is outside num_experts_per_tok {c.num_experts_per_tok} "
+            f"to num_experts {c.num_experts}",
+        ),
+        (
+            c.expert_capacity is not None or (c.n_group >= 1 and c.num_experts % c.n_group == 0),
             f"num_experts {c.num_experts} does not split into n_group {c.n_group} equal groups",
         ),
     ]
     wrong = [message for holds, message in rules if not holds]
-    if not wrong:
+    if not wrong and c.expert_capacity is None:  # which replaces groups
         group = c.num_experts // c.n_group
         if group < 2:
             wrong.append(f"expert groups of {group}: a group's score is the sum of its two best, so 2 are needed")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_llada.llada2.config import Llada2Config
-from sglang_llada.llada2.router import Routing, route
+from sglang_llada.llada2.router import router_of
 
 
 def block_causal_mask(length: int, block_size: int) -> Tensor:
@@ -94,6 +94,7 @@ class Llada2Router(nn.Module):
     def __init__(self, c: Llada2Config) -> None:
         super().__init__()
         self.config = c
+        self.route = router_of(c)
         self.weight = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, dtype=torch.float32).normal_(std=0.02))
         if c.moe_router_enable_expert_bias:
             self.register_buffer("expert_bias", torch.zeros(c.num_experts, dtype=torch.float32))
@@ -103,16 +104,8 @@ class Llada2Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
         bias = self.expert_bias if c.moe_router_enable_expert_bias else logits.new_zeros(c.num_experts)
-        routing: Routing = route(
-            logits,
-            bias,
-            num_groups=c.n_group,
-            top_groups=c.topk_group,
-            top_k=c.num_experts_per_tok,
-            normalise=c.norm_topk_prob,
-            scale=c.routed_scaling_factor,
-        )
-        return routing.weights, routing.ids
+        routing = self.route(logits, bias)
+        return routing.weights * c.routed_scaling_factor, routing.ids
 
 
 class MoE(nn.Module):

@@ -1,14 +1,7 @@
-"""The selection kernel: in Triton's interpreter against torch, and compiled for the devices that it is meant for.
-
-The interpreter is chosen when Triton is first imported, so its tests run in a process of their own: this file again.
-"""
+"""The selection kernel: in Triton's interpreter against torch, and compiled for the devices that it is meant for."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +10,9 @@ from torch import Tensor
 
 from sglang_llada.decode import select as selection
 from sglang_llada.decode.select import Best, Head
+from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 
 MASK = 3
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     from sglang_llada.decode import select_triton
@@ -72,48 +64,31 @@ if INTERPRETED:
 else:
 
     def test_the_kernel_agrees_with_torch_in_the_interpreter() -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        assert "passed" in done.stdout
+        run_interpreted(__file__)
 
-    @pytest.mark.parametrize("arch", [80, 90, 100])
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
     def test_it_compiles(arch: int, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
         from sglang_llada.decode import select_triton as kernels
 
-        signature = dict.fromkeys(("hidden", "weight"), f"*{dtype}")
-        signature |= {"logit": "*fp32", "token": "*i32", "peak": "*fp32", "total": "*fp32"}
-        signature |= dict.fromkeys(("positions", "vocabulary", "width", "first", "mask_id", "per_slice"), "i32")
-        constants: dict[str, object] = {"COUNT": 1, "PADDED": 1, "UPCAST": False}
-        size = 4 if dtype == "fp32" else 2
-        constants |= {"POSITIONS": kernels.POSITIONS, "IDS": kernels.IDS, "WIDTH": kernels.WIDTH[size]}
-        signature |= dict.fromkeys(constants, "constexpr")
-        compiled = triton.compile(
-            ASTSource(kernels.kernel, signature, constants),
-            target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES},
+        used = compiled(
+            kernels.kernel,
+            {"hidden": dtype, "weight": dtype, "logit": "fp32", "token": "i32", "peak": "fp32", "total": "fp32"},
+            ["positions", "vocabulary", "width", "first", "mask_id", "per_slice"],
+            {
+                "COUNT": 1,
+                "PADDED": 1,
+                "POSITIONS": kernels.POSITIONS,
+                "IDS": kernels.IDS,
+                "WIDTH": kernels.WIDTH[4 if dtype == "fp32" else 2],
+                "UPCAST": False,
+            },
+            arch,
+            tmp_path,
+            num_warps=kernels.WARPS,
+            num_stages=kernels.STAGES,
         )
-        used = resources(compiled.asm["cubin"], tmp_path / "cubin")
         with capsys.disabled():
-            print(f"\nselect sm_{arch} {dtype}: {used}, {compiled.metadata.shared} bytes shared")
+            print(f"\nselect sm_{arch} {dtype}: {used}")
         assert used["STACK"] <= (64 if dtype == "fp32" else 0), "registers are spilled"
-        assert compiled.metadata.shared <= 163 * 1024  # of an A100, the smallest of them
-
-    def resources(cubin: bytes, file: Path) -> dict[str, int]:
-        """Registers, and bytes of stack for those that did not fit."""
-        from triton.knobs import nvidia
-
-        file.write_bytes(cubin)
-        out = subprocess.check_output([nvidia.cuobjdump.path, "--dump-resource-usage", file], text=True)
-        return {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", out)}
+        assert used["shared"] <= 163 * 1024  # of an A100, the smallest of them

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_llada2_mini() -> None:
         ({"block_size": 0}, "block_size is 0"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace 4"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace -1"),
-        ({"expert_capacity": 48}, "expert_capacity is 48"),
+        ({"expert_capacity": 48}, "expert_capacity 48 is outside num_experts_per_tok 3 to num_experts 8"),
         ({"n_group": 3}, "n_group 3"),
         ({"n_group": 0}, "n_group 0"),
         ({"n_group": 8}, "expert groups of 1"),

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from sglang_llada.decode.select import Exchange, Head
 from sglang_llada.llada2.config import Llada2Config
+from sglang_llada.llada2.router import router_of
 from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
 
 
@@ -155,16 +156,20 @@ class MoE(nn.Module):
     def __init__(self, c: Llada2Config, layer_id: int, quant_config: Any, prefix: str) -> None:
         super().__init__()
         self.gate = Router(c)
+        self.route = router_of(c)
+        grouped: dict[str, Any] = {
+            "use_grouped_topk": True,
+            "num_expert_group": c.n_group,
+            "topk_group": c.topk_group,
+            "correction_bias": self.gate.expert_bias.data,
+            "scoring_func": "sigmoid",
+        }
         self.topk = TopK(
             top_k=c.num_experts_per_tok,
             layer_id=layer_id,
             renormalize=c.norm_topk_prob,
-            use_grouped_topk=True,
-            num_expert_group=c.n_group,
-            topk_group=c.topk_group,
-            correction_bias=self.gate.expert_bias.data,
-            scoring_func="sigmoid",
             routed_scaling_factor=c.routed_scaling_factor,
+            **(grouped if c.expert_capacity is None else {"custom_routing_function": self.by_block}),
         )
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=c.num_experts + get_exec().moe.ep_num_redundant_experts,
@@ -186,6 +191,13 @@ class MoE(nn.Module):
             if c.num_shared_experts
             else None
         )
+
+    def by_block(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Block routing, as the host's TopK calls it; tokens come in whole blocks, because a row is one."""
+        routing = self.route(gating_output, self.gate.expert_bias)
+        return routing.weights, routing.ids.int()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H]."""

@@ -1,0 +1,60 @@
+"""What can be known of a Triton kernel without a device: its results in the interpreter, its code for a target."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = (80, 90, 100)
+
+# The interpreter is chosen when Triton is first imported, so its tests run in a process of their own.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_interpreted(file: str) -> None:
+    """Run a test file once more, in the interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
+def compiled(
+    kernel: Any,
+    pointers: dict[str, str],
+    numbers: list[str],
+    constants: dict[str, Any],
+    arch: int,
+    folder: Path,
+    **options: int,
+) -> dict[str, int]:
+    """Compile a kernel for sm_`arch`: its registers (REG), bytes of spilled registers (STACK) and of shared memory.
+
+    Args:
+        pointers: types of the kernel's pointer parameters. numbers: its integer parameters. constants: the others.
+        folder: where the binary may be written. options: num_warps, num_stages.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.knobs import nvidia
+
+    signature = {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
+    code = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = folder / "cubin"
+    cubin.write_bytes(code.asm["cubin"])
+    out = subprocess.check_output([nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", out)}
+    return used | {"shared": code.metadata.shared}

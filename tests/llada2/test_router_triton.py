@@ -1,0 +1,65 @@
+"""The block routing kernel: in Triton's interpreter against torch, and compiled for the devices it is meant for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_llada.llada2.router import route_blocks
+from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
+
+if INTERPRETED:
+    from sglang_llada.llada2 import router_triton
+
+    @pytest.mark.parametrize("ties", [False, True])
+    @pytest.mark.parametrize("normalise", [False, True])
+    @pytest.mark.parametrize(
+        ("blocks", "block_size", "experts", "capacity", "top_k"),
+        [(1, 32, 16, 6, 4), (3, 32, 256, 48, 8), (2, 5, 12, 7, 3), (2, 8, 8, 8, 8), (0, 32, 16, 6, 4)],
+    )
+    def test_shapes_and_ties(
+        ties: bool, normalise: bool, blocks: int, block_size: int, experts: int, capacity: int, top_k: int
+    ) -> None:
+        random = torch.Generator().manual_seed(experts)
+        logits = torch.randn(blocks * block_size, experts, generator=random)
+        bias = torch.randn(experts, generator=random) * 0.1
+        if ties:
+            logits, bias = torch.where(logits < 0, 0.0, 100.0), torch.randint(3, (experts,), generator=random) / 4
+        want = route_blocks(logits, bias, block_size=block_size, capacity=capacity, top_k=top_k, normalise=normalise)
+        got = router_triton.route_blocks(logits, bias, block_size, capacity, top_k, normalise)
+        assert torch.equal(got.ids, want.ids)
+        torch.testing.assert_close(got.weights, want.weights, rtol=1e-6, atol=0)
+
+else:
+
+    def test_the_kernel_agrees_with_torch_in_the_interpreter() -> None:
+        run_interpreted(__file__)
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_it_compiles(arch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """At the published shape: 256 experts, 8 of a pool of 48, blocks of 32."""
+        from sglang_llada.llada2 import router_triton
+
+        used = compiled(
+            router_triton.kernel,
+            {"logits": "fp32", "expert_bias": "fp32", "weights": "fp32", "ids": "i64"},
+            [],
+            {
+                "EXPERTS": 256,
+                "BLOCK": 32,
+                "CAPACITY": 48,
+                "TOP_K": 8,
+                "NORMALISE": True,
+                "EXPERTS_PADDED": 256,
+                "BLOCK_PADDED": 32,
+                "TOP_K_PADDED": 8,
+            },
+            arch,
+            tmp_path,
+            num_warps=router_triton.WARPS,
+        )
+        with capsys.disabled():
+            print(f"\nblock routing sm_{arch}: {used}")
+        assert used["STACK"] == 0, "registers are spilled"
