@@ -19,8 +19,8 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 
 from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAGS, DecodeConfig, Mode, algorithm_of_flag
 from sglang_llada.errors import ConfigError
-from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
-from sglang_llada.llada2.config import ARCHITECTURE
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
+from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
@@ -98,6 +98,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
+        check_split(args, read_config(folder_of(args.model_path, args.revision)))
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
@@ -164,6 +165,37 @@ def refuse_unsupported(args: Any) -> None:
         raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
 
 
+def check_split(args: Any, config: Llada2Config) -> None:
+    """Raise ConfigError unless heads, experts and widths divide evenly over the ranks; the host replicates KV heads."""
+    attention = args.tp_size // (args.dp_size if args.enable_dp_attention else args.attn_dp_size)
+    ranks_per_expert = max(args.tp_size // args.ep_size, 1)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    rules = [
+        (args.tp_size % args.ep_size == 0, f"--ep-size {args.ep_size} does not divide --tp-size {args.tp_size}"),
+        (heads % attention == 0, f"{heads} attention heads do not divide over {attention} ranks"),
+        (
+            kv_heads % attention == 0 or attention % kv_heads == 0,
+            f"{kv_heads} KV heads can be neither divided over {attention} ranks nor copied evenly to them",
+        ),
+        (
+            config.num_experts % args.ep_size == 0,
+            f"{config.num_experts} experts do not divide over {args.ep_size} ranks",
+        ),
+        (
+            config.moe_intermediate_size % ranks_per_expert == 0,
+            f"experts of width {config.moe_intermediate_size} do not divide over {ranks_per_expert} ranks",
+        ),
+        (
+            config.shared_intermediate_size % args.tp_size == 0 and config.intermediate_size % args.tp_size == 0,
+            f"feed-forward layers of width {config.intermediate_size} and {config.shared_intermediate_size} do not "
+            f"divide over {args.tp_size} ranks",
+        ),
+    ]
+    wrong = [message for holds, message in rules if not holds]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
 def page_size(args: Any) -> int:
     """One KV page holds one block, because a row of a forward writes one page."""
     block_size = facts_of(args.model_path, args.revision).block_size
@@ -200,8 +232,13 @@ def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def facts_of(model_path: str, revision: str | None) -> CheckpointFacts:
     """The facts of a checkpoint in a folder or, named by its repository, in the local cache."""
+    return read_facts(folder_of(model_path, revision))
+
+
+def folder_of(model_path: str, revision: str | None) -> Path:
+    """Where the small files of a checkpoint are; fetched if need be."""
     if Path(model_path).is_dir():
-        return read_facts(model_path)
+        return Path(model_path)
     from huggingface_hub import snapshot_download
 
-    return read_facts(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))
+    return Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))

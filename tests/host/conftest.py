@@ -79,18 +79,17 @@ def reference() -> Llada2ForDiffusion:
 @pytest.fixture(scope="session")
 def cases(tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts, reference: Llada2ForDiffusion) -> list[Case]:
     """Held-out prompts of 1 to 1,500 tokens, decoded by the reference once for all tests."""
-    torch.set_num_threads(1)
     lengths = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 1500]
     rng = random.Random(0)
     while len(lengths) < PROMPTS:
         lengths.append(int(1500 ** rng.random()))
-    return [
-        Case(
-            prompt,
-            generate(reference, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids),
-        )
-        for prompt in held_out_prompts(tokenizer, lengths)
-    ]
+    return [decoded(reference, facts, prompt) for prompt in held_out_prompts(tokenizer, lengths)]
+
+
+def decoded(model: Llada2ForDiffusion, facts: CheckpointFacts, prompt: list[int]) -> Case:
+    """A prompt with the reference's answer."""
+    torch.set_num_threads(1)
+    return Case(prompt, generate(model, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids))
 
 
 def held_out_prompts(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> Iterator[list[int]]:

@@ -94,20 +94,24 @@ def serving(model: Path, log: Path, *args: str, env: dict[str, str] | None = Non
     """A server that is ready; ended with Ctrl-C, after which none of its processes may be left."""
     process, url = launch(model, log, *args, env=env)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert process.poll() is None, f"the server ended with {process.returncode}:\n{tail(log)}"
-            assert time.monotonic() < deadline, f"the server is not ready:\n{tail(log)}"
-            try:
-                if requests.get(url + "/health_generate", timeout=20).ok:
-                    break
-            except requests.RequestException:
-                pass
-            time.sleep(0.5)
-        yield Server(url, process, log)
+        yield ready(process, url, log)
         assert process.poll() is None, f"the server ended by itself:\n{tail(log)}"
     finally:
         stop(process)
+
+
+def ready(process: subprocess.Popen[bytes], url: str, log: Path) -> Server:
+    """The server, once it answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        assert process.poll() is None, f"the server ended with {process.returncode}:\n{tail(log)}"
+        assert time.monotonic() < deadline, f"the server is not ready:\n{tail(log)}"
+        try:
+            if requests.get(url + "/health_generate", timeout=20).ok:
+                return Server(url, process, log)
+        except requests.RequestException:
+            pass
+        time.sleep(0.5)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

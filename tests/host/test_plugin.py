@@ -17,6 +17,7 @@ from sglang_llada import plugin
 from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
 from sglang_llada.errors import ConfigError, HostMismatch
 from sglang_llada.host import seams
+from sglang_llada.llada2.config import Llada2Config
 
 pytestmark = pytest.mark.host
 
@@ -136,6 +137,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(arguments, "facts_of", lambda path, revision: SimpleNamespace(block_size=T, mask_id=MASK))
     monkeypatch.setattr(arguments, "check_files", lambda folder: None)
+    monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config())
     return arguments
 
 
@@ -236,6 +238,32 @@ def test_unsupported_options_are_refused_by_name(arguments: Any, llada2: str, op
     with pytest.raises(ConfigError) as error:
         filled(arguments, Mode.ON, model_path=llada2, **ASKING[option])
     assert option in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tp_size": 3}, ["16 attention heads do not divide over 3 ranks", "4 KV heads", "width 5120 and 512"]),
+        ({"tp_size": 32}, ["16 attention heads do not divide over 32 ranks"]),
+        ({"tp_size": 8, "ep_size": 3}, ["--ep-size 3 does not divide --tp-size 8", "256 experts"]),
+        ({"tp_size": 6, "dp_size": 2, "enable_dp_attention": True}, ["16 attention heads do not divide over 3 ranks"]),
+    ],
+)
+def test_sizes_that_do_not_divide_over_the_ranks_are_refused(
+    arguments: Any, llada2: str, given: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        filled(arguments, Mode.ON, model_path=llada2, **given)
+    assert all(words in str(error.value) for words in said)
+
+
+@pytest.mark.parametrize(
+    "given", [{"tp_size": 8, "ep_size": 8}, {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}]
+)
+def test_sizes_that_divide_are_served(arguments: Any, llada2: str, given: dict[str, Any]) -> None:
+    """Of 4 KV heads, each goes to 2 of 8 ranks."""
+    args = filled(arguments, Mode.ON, model_path=llada2, **given)
+    assert args.enable_dp_lm_head == ("dp_size" in given)
 
 
 def test_all_unsupported_options_are_named_at_once(arguments: Any, llada2: str) -> None:
