@@ -248,27 +248,45 @@ def test_check_takes_less_than_a_few_seconds() -> None:
 
 
 @pytest.mark.slow
-def test_server_refuses_to_start_on_a_doctored_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("def handle_absent_values(", f"handle_missing_default_values is missing from {ARGUMENTS}"),
+        (
+            "def handle_missing_default_values(extra, ",
+            "handle_missing_default_values: is (extra, server_args), expected (server_args)",
+        ),
+    ],
+)
+def test_server_and_check_refuse_a_doctored_host(tmp_path: Path, changed: str, said: str) -> None:
     overlay(tmp_path, seams.installed_host().root, Path("srt/arg_groups/serving_hook.py"))
     doctor(
         Host(seams.RELEASE, tmp_path / "sglang"),
         ARGUMENTS,
         "def handle_missing_default_values(",
-        "def handle_absent_values(",
+        changed,
     )
-    server = subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", "--model-path", str(tmp_path / "no-model")],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    server, check = (
+        subprocess.run(
+            [sys.executable, "-m", *command],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        for command in (
+            ["sglang.launch_server", "--model-path", str(tmp_path / "no-model")],
+            ["sglang_llada", "check"],
+        )
     )
     assert server.returncode == 1
     assert "the installed SGLang is not the release that it was written for" in server.stderr
-    assert f"handle_missing_default_values is missing from {ARGUMENTS}" in server.stderr
+    assert said in server.stderr
     assert "no-model" not in server.stderr  # it never came to look for the model
+    assert check.returncode == 1
+    assert said in check.stdout + check.stderr
 
 
 def overlay(folder: Path, package: Path, changed: Path) -> None:
