@@ -10,7 +10,7 @@ from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 from sglang_llada.config import FLAGS
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.arguments import own_flag
-from sglang_llada.host.platform import ATTENTION_BACKEND
+from sglang_llada.host.platform import ATTENTION_BACKENDS
 from sglang_llada.llada2.config import ARCHITECTURE
 
 
@@ -19,7 +19,7 @@ class OwnAlgorithm(DllmAlgorithm):
 
     supported_architectures = (ARCHITECTURE,)
     # The host leaves these as they are; any other becomes flashinfer when CUDA graphs are on.
-    supported_attention_backends = ("flashinfer", "triton", ATTENTION_BACKEND)
+    supported_attention_backends = ATTENTION_BACKENDS
 
     def run(self, model_runner: Any, forward_batch: Any, algo_states: Any = None) -> Any:
         raise IntegrityError("the host's worker was told to decode a block; only our scheduler may")

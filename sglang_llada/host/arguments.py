@@ -19,6 +19,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 
 from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAGS, DecodeConfig, Mode, algorithm_of_flag
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
@@ -47,6 +48,12 @@ REFUSALS = (
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
     Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
+    Refusal(
+        f"--attention-backend other than {', '.join(ATTENTION_BACKENDS)}",
+        lambda a: (
+            {a.attention_backend, a.prefill_attention_backend, a.decode_attention_backend} - {None, *ATTENTION_BACKENDS}
+        ),
+    ),
 )
 
 
@@ -56,8 +63,6 @@ def fill_in_platform(server_args: Any) -> None:
     The host's own hook for this, SRTPlatform.apply_server_args_defaults, runs once graphs and attention are settled.
     """
     from sglang.srt.platforms import current_platform
-
-    from sglang_llada.host.platform import ATTENTION_BACKEND, KV_TOKENS, CpuPlatform
 
     if not isinstance(current_platform, CpuPlatform):
         return
@@ -105,8 +110,6 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
-        # FlashInfer's ragged path attends before it writes; rows of one request in one forward need the reverse.
-        os.environ.setdefault("SGLANG_FLASHINFER_USE_PAGED", "1")
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 

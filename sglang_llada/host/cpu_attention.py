@@ -123,7 +123,7 @@ class RowAttention(AttentionBackend):
         super().__init__()
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
-        self.pool = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.groups: list[Group] = []
         self.pieces: dict[bool, list[list[Piece]]] = {}  # by causality, made when the first such layer asks
 
@@ -158,8 +158,11 @@ class RowAttention(AttentionBackend):
     ) -> Tensor:
         """Write the step's KV, then attend; q [N, heads x D], result [N, heads x Dv]."""
         if save_kv_cache and k is not None:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        keys, values = (
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+        )
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Zeros, because tokens that pad a batch belong to no row and must not bring NaN into later layers.
         out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)

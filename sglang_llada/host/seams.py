@@ -432,6 +432,11 @@ SEAMS: tuple[Seam, ...] = (
          Kind.HOOK, "(layer, x, topk_output, moe_runner_config)",
          "forgets the scaling factor and indexes expert -1", CPU_ENGINE),
     # Model: layers are named only, since one that takes other arguments fails loudly when the model is built
+    Seam("sglang.srt.model_executor.forward_context:get_token_to_kv_pool", Kind.USE, "()",
+         "the model writes KV before attention", OWN_MODEL),
+    Seam("sglang.srt.mem_cache.memory_pool:KVWriteLoc.for_layer", Kind.USE,
+         "(cls, forward_batch, layer, *, swa_loc, full_loc)",
+         "where a layer's KV is written", OWN_MODEL),
     Seam("sglang.srt.distributed.parallel_state:get_attn_tp_group", Kind.USE, "()",
          "ranks that share the head under DP attention", OWN_MODEL),
     Seam("sglang.srt.distributed.parallel_state:get_tp_group", Kind.USE, "()",

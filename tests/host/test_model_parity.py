@@ -215,10 +215,21 @@ def rewrite(folder: Path, model: Llada2ForDiffusion) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "flags"),
-    [(1, ()), (2, ()), (2, ("--ep-size", "2"))],
-    ids=["one rank", "two ranks", "experts on two ranks"],
+    [
+        (1, ()),
+        (2, ()),
+        (2, ("--ep-size", "2")),
+        (1, ("--attention-backend", "torch_native")),
+        (1, ("--attention-backend", "triton")),
+    ],
+    ids=["one rank", "two ranks", "experts on two ranks", "attention torch_native", "attention triton, interpreted"],
 )
-def test_logits_are_the_references(tmp_path: Path, ranks: int, flags: tuple[str, ...]) -> None:
+def test_logits_are_the_references(
+    tmp_path: Path, ranks: int, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks of a sequence in one forward, in no order: whatever the backend, KV is written before it is read."""
+    if "triton" in flags:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = make_checkpoint(tmp_path, **WIDTHS)
     want = [model.block_causal(text) for text in sequences()]
     for rank, got in enumerate(run_ranks(tmp_path, ranks, *flags)):

@@ -226,6 +226,7 @@ ASKING = {
     "--no-dllm-fdfo": {"dllm_fdfo": False},
     "--is-embedding": {"is_embedding": True},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
+    "--attention-backend other than flashinfer, triton, torch_native, llada_rows": {"attention_backend": "fa3"},
 }
 
 

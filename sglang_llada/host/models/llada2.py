@@ -28,6 +28,8 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.utils import apply_qk_norm
 from sglang.srt.runtime_context import get_exec, get_parallel
@@ -96,8 +98,22 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads * self.head_dim, kv_size, kv_size], dim=-1)
         q, k = apply_qk_norm(q=q, k=k, q_norm=self.query_layernorm, k_norm=self.key_layernorm, head_dim=self.head_dim)
         q, k = self.rotary_emb(positions, q, k)
-        out, _ = self.dense(self.attn(q, k, v, forward_batch))
+        self.write(k, v, forward_batch)
+        out, _ = self.dense(self.attn(q, k, v, forward_batch, save_kv_cache=False))
         return out
+
+    def write(self, k: Tensor, v: Tensor, forward_batch: Any) -> None:
+        """Write the KV of all rows before any row reads.
+
+        A row reads what earlier rows of its request write in the same forward. Some backends write after they have
+        read (FlashInfer with ragged wrappers, which it always takes in a CUDA graph of diffusion rows), so this is not
+        left to them.
+        """
+        k, v = k.view(-1, self.kv_heads, self.head_dim), v.view(-1, self.kv_heads, self.head_dim)
+        if self.attn.k_scale is not None:  # the pool would scale what attention still needs
+            k, v = k.clone(), v.clone()
+        loc = KVWriteLoc.for_layer(forward_batch, self.attn)
+        get_token_to_kv_pool().set_kv_buffer(self.attn, loc, k, v, self.attn.k_scale, self.attn.v_scale)
 
 
 class MLP(nn.Module):
