@@ -81,23 +81,29 @@ def canonical(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 class Ledger:
-    """Ticks off tensors as they come. With `block` = (rows, columns), block-quantised weights may bring scales."""
+    """Ticks off tensors as they come. With `block` = (rows, columns), 8-bit weights may come, and then bring scales."""
 
     def __init__(self, config: Llada2Config, block: tuple[int, int] | None = None) -> None:
         self.shapes = expected(config)
         self.block = block
+        self.scales: set[str] = set()  # those that must come
         self.seen: set[str] = set()
         self.wrong: list[str] = []
 
-    def tick(self, name: str, shape: Iterable[int]) -> bool:
+    def tick(self, name: str, tensor: Tensor) -> bool:
         """Note a tensor; False if it must not be loaded."""
-        got, want = tuple(shape), self._wanted(name)
+        got, want = tuple(tensor.shape), self._wanted(name)
         if want is None:
             self.wrong.append(f"unknown tensor {name} {list(got)}")
         elif got != want:
             self.wrong.append(f"{name} has shape {list(got)}, expected {list(want)}")
         elif name in self.seen:
             self.wrong.append(f"{name} comes twice")
+        elif tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            scale = name.removesuffix("weight") + SCALE
+            if self._wanted(scale) is None:
+                self.wrong.append(f"{name} is 8 bits wide, but must not be or config.json has no weight_block_size")
+            self.scales.add(scale)
         self.seen.add(name)
         return want == got
 
@@ -112,7 +118,7 @@ class Ledger:
 
     def close(self, *, complete: bool = True) -> None:
         """Raise ConfigError with everything that was wrong; with `complete`, missing tensors are wrong too."""
-        missing = [name for name in self.shapes if name not in self.seen] if complete else []
+        missing = [name for name in (*self.shapes, *sorted(self.scales)) if name not in self.seen] if complete else []
         problems = _some(self.wrong) + _some([f"missing tensor {name}" for name in missing])
         if problems:
             raise ConfigError("the checkpoint does not fit its config.json: " + "; ".join(problems))
@@ -136,7 +142,7 @@ def check_files(folder: Path) -> None:
     ledger = Ledger(config, quantisation_block(config))
     for name, tensor in canonical(_headers(folder)):
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
-            ledger.tick(name, tensor.shape)
+            ledger.tick(name, tensor)
     ledger.close()
 
 
@@ -149,11 +155,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """As read_tensors, without their data."""
+    """As read_tensors, without their data; of their types only whether they are 8 bits wide."""
     for file in _files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                header = tensors.get_slice(name)
+                dtype = torch.float8_e4m3fn if header.get_dtype().startswith("F8") else None
+                yield name, torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -177,7 +185,7 @@ def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Llad
     for name, tensor in canonical(read_tensors(folder)):
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue  # some tied checkpoints store the embedding twice
-        if ledger.tick(name, tensor.shape):
+        if ledger.tick(name, tensor):
             state[name] = tensor.float() if ".mlp.gate." in name else tensor.to(dtype)
     ledger.close()
     if config.tie_word_embeddings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,3 +120,12 @@ def held_out_questions(count: int, seed: int = 2) -> list[tuple[list[dict[str, s
     """Messages and answers of held-out questions, the tasks in turn."""
     found = itertools.islice(examples(seed, held_out=True), count)
     return [(example.messages, example.answer) for example in found]
+
+
+@pytest.fixture
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread per rank on any core, where the host would give each rank a NUMA node; nothing is compiled."""
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the host compiles its router, which takes longer than the test

@@ -1,14 +1,7 @@
-"""The model class in the host's layers gives the reference's logits, on one rank and split over two.
-
-Each rank is a process of its own, because the host's parallel groups and hooks are made once per process. It runs what
-a scheduler runs, from the plugin's entry point to the model runner, without the scheduler.
-"""
+"""The model class in the host's layers gives the reference's logits, on one rank and split over two."""
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,24 +13,14 @@ from torch import Tensor
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.reference import Llada2ForDiffusion
-from tests.host.serving import free_port
+from tests.host.ranks import run_ranks
 from tests.toy import MASK, VOCAB, make_checkpoint
 
-pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("few_threads")]
 
 T = 32
 CLOSE = 1e-4
 WIDTHS = {"intermediate_size": 128, "moe_intermediate_size": 64}  # multiples of 32 on each rank, as the host wants
-PATIENCE = 540
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """What every rank does: serve the checkpoint of a folder split in a way, and leave its logits in that folder."""
-
-    folder: Path
-    port: int
-    flags: tuple[str, ...]
 
 
 def sequences() -> list[list[int]]:
@@ -53,46 +36,10 @@ def sequences() -> list[list[int]]:
 # --- in the ranks' processes ----------------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, job: Job) -> None:
-    """Load the checkpoint and save what its model says of the sequences."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    runner = make_runner(rank, job)
+def logits_of(runner: Any) -> dict[str, Any]:
+    """What the model says of the sequences."""
     results = {"together": together(runner), "one block after the other": one_after_the_other(runner)}
-    torch.save(results | after_an_update(runner), job.folder / f"rank{rank}.pt")
-
-
-def make_runner(rank: int, job: Job) -> Any:
-    """The host's model runner, made as its scheduler makes it."""
-    from sglang.srt.arg_groups.overrides import resolution_result
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
-    from sglang.srt.server_args import prepare_server_args
-
-    args = prepare_server_args(
-        ["--model-path", str(job.folder), "--nccl-port", str(job.port), "--max-total-tokens", "2048", *job.flags]
-    )
-    world_rank = spawn_world_rank(args, tp_rank=rank, pp_rank=0)
-    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=rank))
-    initialize_moe_config()
-    config = ModelConfig.from_server_args(args)
-    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=job.port)
-    bootstrap.init_layer_runtime(model_config=config)
-    runner = ModelRunner(
-        model_config=config,
-        mem_fraction_static=resolution_result(args, "mem_fraction_static"),
-        gpu_id=rank,
-        nccl_port=job.port,
-        server_args=args,
-    )
-    runner.alloc_memory_pool()
-    runner.init_attention_backends()
-    runner.init_cuda_graphs()
-    return runner
+    return results | after_an_update(runner)
 
 
 def together(runner: Any) -> list[Tensor]:
@@ -158,34 +105,6 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 # --- in the test's process ------------------------------------------------------------------------------------------
 
 
-def run_ranks(folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
-    """What each rank saved."""
-    job = Job(folder, free_port(), ("--tp-size", str(ranks), *flags))
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=run_rank, args=(rank, job), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(PATIENCE)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    assert [process.exitcode for process in processes] == [0] * ranks
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
-
-
-@pytest.fixture(autouse=True)
-def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread per rank on any core, where the host would give each rank a NUMA node; nothing is compiled."""
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the host compiles its router, which takes longer than the test
-
-
 def assert_close(got: list[Tensor], want: list[Tensor], how: str) -> None:
     """Logits over the whole vocabulary, without the host's padding."""
     assert [logits.shape for logits in got] == [logits.shape for logits in want]
@@ -232,7 +151,7 @@ def test_logits_are_the_references(
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = make_checkpoint(tmp_path, **WIDTHS)
     want = [model.block_causal(text) for text in sequences()]
-    for rank, got in enumerate(run_ranks(tmp_path, ranks, *flags)):
+    for rank, got in enumerate(run_ranks(logits_of, tmp_path, ranks, *flags)):
         assert_close(got["together"], want, f"rank {rank}, together")
         assert_close(got["one block after the other"], want, f"rank {rank}, one block after the other")
         assert_close(got["norm doubled"], [2 * logits for logits in want], f"rank {rank}, norm doubled")
@@ -245,5 +164,5 @@ def test_tied_embeddings_and_the_other_spelling(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, tie_word_embeddings=True, **WIDTHS, **options)
     rewrite(tmp_path, model)
     want = [model.block_causal(text) for text in sequences()]
-    for rank, got in enumerate(run_ranks(tmp_path, 2)):
+    for rank, got in enumerate(run_ranks(logits_of, tmp_path, 2)):
         assert_close(got["together"], want, f"rank {rank}")

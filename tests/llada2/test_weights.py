@@ -174,7 +174,7 @@ def test_the_router_stays_fp32(folder: Path) -> None:
 def test_scales_belong_to_quantised_matrices(
     name: str, shape: tuple[int, ...], block: tuple[int, int] | None, fits: bool
 ) -> None:
-    assert Ledger(make_config(), block).tick(name, shape) is fits
+    assert Ledger(make_config(), block).tick(name, torch.empty(shape)) is fits
 
 
 def test_fused_scales_are_split_by_expert() -> None:
@@ -182,3 +182,14 @@ def test_fused_scales_are_split_by_expert() -> None:
         name for name, _ in canonical([("model.layers.1.mlp.experts.up_proj.weight_scale_inv", torch.ones(2, 1, 1))])
     ]
     assert names == [f"model.layers.1.mlp.experts.{e}.up_proj.weight_scale_inv" for e in range(2)]
+
+
+def test_8_bit_weights_need_their_scales_and_a_declaration() -> None:
+    name, weight = "model.layers.0.mlp.up_proj.weight", torch.empty(96, 64, dtype=torch.float8_e4m3fn)
+    declared, undeclared = Ledger(make_config(), (32, 32)), Ledger(make_config())
+    assert declared.tick(name, weight) and undeclared.tick(name, weight)
+    with pytest.raises(ConfigError, match=f"missing tensor .*{name}_scale_inv|and .* more like that"):
+        declared.close()
+    assert declared.scales == {f"{name}_scale_inv"}
+    with pytest.raises(ConfigError, match=f"{name} is 8 bits wide"):
+        undeclared.close(complete=False)

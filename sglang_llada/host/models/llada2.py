@@ -340,7 +340,7 @@ class LLaDA2MoeModelLM(nn.Module):
         for name, tensor in canonical(weights):
             if self.config.tie_word_embeddings and name == "lm_head.weight":
                 continue  # some tied checkpoints store the embedding twice
-            if ledger.tick(name, tensor.shape):
+            if ledger.tick(name, tensor):
                 self._load(name, tensor, params)
         ledger.close(complete=not self.loaded)
         self.loaded = True
