@@ -190,9 +190,9 @@ def test_chunks_of_a_causal_prompt_equal_one_attention(prefix: int) -> None:
     got = attend(on, count, causal=True)
     q = torch.randn(count, 16, generator=torch.Generator().manual_seed(1)).view(count, 2, 8)
     seen = on.req_to_token[1, : prefix + count].long()
-    scores = torch.einsum("qhd,kd->hqk", q, on.pool.keys[seen, 0])
+    scores = torch.einsum("qhd,kd->hqk", q, on.token_to_kv_pool.keys[seen, 0])
     hidden = torch.ones(count, prefix + count, dtype=torch.bool).triu(prefix + 1)
-    want = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ on.pool.values[seen, 0]  # [heads, Q, D]
+    want = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ on.token_to_kv_pool.values[seen, 0]  # [heads, Q, D]
     torch.testing.assert_close(got, want.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5)
 
 
