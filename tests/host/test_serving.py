@@ -53,11 +53,15 @@ def test_a_chat_completion_is_right_and_stops_at_the_end_of_the_turn(client: ope
 
 
 def test_a_stream_brings_the_same_text_in_pieces(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "List 13 numbers from 12."}]
-    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=128).choices[0].message.content
-    stream = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=128, stream=True, stream_options={"include_usage": True}
-    )
+    """At one token per step, so that there is something to stream."""
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "List 13 numbers from 12."}],
+        "max_tokens": 128,
+        "extra_body": {"custom_params": {"threshold": 1.0}},
+    }
+    whole = client.chat.completions.create(**ask).choices[0].message.content
+    stream = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
     pieces, usage = [], None
     for event in stream:
         usage = event.usage or usage
