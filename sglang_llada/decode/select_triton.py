@@ -26,10 +26,9 @@ def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
     slices = max(min(SLICES, triton.cdiv(v, IDS)), 1)
     per_slice = triton.cdiv(triton.cdiv(v, slices), IDS) * IDS
     padded = triton.next_power_of_2(count)
-    options = {"device": hidden.device, "dtype": torch.float32}
-    logit = torch.empty(P, slices, padded, **options)  # type: ignore[call-overload]
-    token = torch.empty(P, slices, padded, dtype=torch.int32, device=hidden.device)
-    peak, total = torch.empty(slices, P, **options), torch.empty(slices, P, **options)  # type: ignore[call-overload]
+    logit = torch.empty(P, slices, padded, dtype=torch.float32, device=hidden.device)
+    token = torch.empty_like(logit, dtype=torch.int32)
+    peak, total = torch.empty(2, slices, P, dtype=torch.float32, device=hidden.device)
     if P:
         kernel[(triton.cdiv(P, POSITIONS), slices)](
             hidden.contiguous(),

@@ -170,7 +170,10 @@ def refuse_unsupported(args: Any) -> None:
 
 def check_split(args: Any, config: Llada2Config) -> None:
     """Raise ConfigError unless heads, experts and widths divide evenly over the ranks; the host replicates KV heads."""
-    attention = args.tp_size // (args.dp_size if args.enable_dp_attention else args.attn_dp_size)
+    attention_ranks = args.dp_size if args.enable_dp_attention else args.attn_dp_size
+    if args.tp_size % attention_ranks:
+        raise ConfigError(f"{attention_ranks} ranks of DP attention do not divide --tp-size {args.tp_size}")
+    attention = args.tp_size // attention_ranks
     ranks_per_expert = max(args.tp_size // args.ep_size, 1)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     rules = [

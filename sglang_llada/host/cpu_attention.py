@@ -201,6 +201,7 @@ class RowAttention(AttentionBackend):
         """KV length of a padded row, so that no attention is over nothing."""
         return 1
 
+    # What DP attention's padding asks for on a CPU; no other backend of the host that we derive from has it.
     get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

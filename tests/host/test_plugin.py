@@ -247,6 +247,7 @@ def test_unsupported_options_are_refused_by_name(arguments: Any, llada2: str, op
         ({"tp_size": 3}, ["16 attention heads do not divide over 3 ranks", "4 KV heads", "width 5120 and 512"]),
         ({"tp_size": 32}, ["16 attention heads do not divide over 32 ranks"]),
         ({"tp_size": 8, "ep_size": 3}, ["--ep-size 3 does not divide --tp-size 8", "256 experts"]),
+        ({"tp_size": 2, "dp_size": 3, "enable_dp_attention": True}, ["3 ranks of DP attention", "--tp-size 2"]),
         ({"tp_size": 6, "dp_size": 2, "enable_dp_attention": True}, ["16 attention heads do not divide over 3 ranks"]),
     ],
 )
