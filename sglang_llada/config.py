@@ -15,6 +15,7 @@ from typing import Any
 from sglang_llada.errors import ConfigError
 
 MODE_VARIABLE = "SGLANG_LLADA"
+REPLAY_VARIABLE = "SGLANG_LLADA_REPLAY"
 
 
 class Mode(enum.Enum):
@@ -109,6 +110,14 @@ def read_mode(environ: Mapping[str, str]) -> Mode:
     except ValueError:
         allowed = " or ".join(repr(mode.value) for mode in Mode)
         raise ConfigError(f"{MODE_VARIABLE} is {value!r}; allowed: {allowed}") from None
+
+
+def read_replay(environ: Mapping[str, str]) -> bool:
+    """Whether the environment asks for graphs on the CPU, for tests; unset or empty means no."""
+    value = environ.get(REPLAY_VARIABLE) or "0"
+    if value not in ("0", "1"):
+        raise ConfigError(f"{REPLAY_VARIABLE} is {value!r}; allowed: '0' or '1'")
+    return value == "1"
 
 
 def algorithm_of_flag(flag: str) -> str:

@@ -51,7 +51,7 @@ def install(mode: Mode) -> None:
     seams.require()
     register_config(mode)
     hook_arguments(mode)
-    prepare_cpu()
+    replays = prepare_cpu()
     if mode is Mode.ON:
         from sglang_llada.host.algorithm import register_algorithms
 
@@ -59,6 +59,7 @@ def install(mode: Mode) -> None:
         hook_model_class()
         hook_sampling_defaults()
         replace_scheduler()
+        hook_graphs(replays)
 
 
 def register_config(mode: Mode) -> None:
@@ -93,14 +94,17 @@ def hook_arguments(mode: Mode) -> None:
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
 
 
-def prepare_cpu() -> None:
-    """On our CPU platform, repair what the host's expert layers get wrong there."""
+def prepare_cpu() -> bool:
+    """On our CPU platform, repair what the host's expert layers get wrong there; whether it is to replay graphs."""
     from sglang.srt.platforms import current_platform
 
-    if type(current_platform).__module__.startswith("sglang_llada."):
-        from sglang_llada.host import cpu_experts
+    if not type(current_platform).__module__.startswith("sglang_llada."):
+        return False
+    from sglang_llada.host import cpu_experts
 
-        cpu_experts.install()
+    cpu_experts.install()
+    replays: bool = current_platform.replays
+    return replays
 
 
 def hook_model_class() -> None:
@@ -134,3 +138,19 @@ def replace_scheduler() -> None:
     from sglang_llada.host.scheduler import LladaScheduler
 
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, HookType.REPLACE)
+
+
+def hook_graphs(replays: bool) -> None:
+    """Capture whole steps; give attention buffers for rows. With `replays`, do so on the CPU too."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host import graphs
+
+    model_runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{model_runner}._decode_cuda_graph_runner_cls", graphs.graph_runner_class, HookType.AFTER)
+    HookRegistry.register(f"{model_runner}.init_attention_backends", graphs.build_attention, HookType.AROUND)
+    if replays:
+        from sglang_llada.host.replay import capture_on_cpu
+
+        target = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_decode_graph"
+        HookRegistry.register(target, capture_on_cpu, HookType.AROUND)

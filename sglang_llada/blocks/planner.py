@@ -77,5 +77,10 @@ def next_step(requests: Iterable[Request[Any]], budget: int) -> Plan:
     return Plan(rows)
 
 
+def most_rows(running: int, budget: int) -> int:
+    """The most rows that next_step() plans for so many admitted requests."""
+    return max(budget, 2 * running + max(int(budget * FILL_SHARE), 1))
+
+
 def _unfilled(request: Request[Any], count: int) -> range:
     return range(request.filled, request.filled + count * request.block_size, request.block_size)

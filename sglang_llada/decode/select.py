@@ -66,7 +66,14 @@ class Best:
 Exchange = Callable[[Tensor], Sequence[Tensor]]
 
 
-def select(hidden: Tensor, head: Head, mask_id: int, count: int = 1, exchange: Exchange | None = None) -> Best:
+def select(
+    hidden: Tensor,
+    head: Head,
+    mask_id: int,
+    count: int = 1,
+    exchange: Exchange | None = None,
+    wanted: Tensor | None = None,
+) -> Best:
     """Best tokens of each position; of equal logits the lowest id.
 
     Args:
@@ -75,8 +82,10 @@ def select(hidden: Tensor, head: Head, mask_id: int, count: int = 1, exchange: E
         mask_id: never a candidate; it counts in the probability.
         count: k, how many tokens per position.
         exchange: with a sharded vocabulary, gives every rank's tensor in order of rank for this rank's.
+        wanted: how many of the positions, from the first, matter, int64 []; what the others get means nothing. A device
+            saves their work without the host knowing the number.
     """
-    part = reduce(hidden, head, mask_id, count)
+    part = reduce(hidden, head, mask_id, count, wanted)
     if exchange is not None:
         part = merge([Partial.unpack(packed) for packed in exchange(part.pack())])
     return finish(part)
@@ -87,12 +96,12 @@ def best(logits: Tensor, mask_id: int, count: int = 1) -> Best:
     return finish(reduce_logits(logits.float(), 0, mask_id, count))
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
+def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None = None) -> Partial:
     """A head reduced chunk by chunk."""
     if hidden.is_cuda:
         from sglang_llada.decode import select_triton
 
-        return select_triton.reduce(hidden, head, mask_id, count)
+        return select_triton.reduce(hidden, head, mask_id, count, wanted)
     part: Partial | None = None
     hidden = hidden.float()
     for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):

@@ -20,7 +20,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be
 SLICES = 64  # of the vocabulary, so that few positions still occupy a device
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
+def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None = None) -> Partial:
     """As select.reduce; hidden [P, H] and head.weight [v, H] of one dtype."""
     P, v = hidden.shape[0], head.weight.shape[0]
     slices = max(min(SLICES, triton.cdiv(v, IDS)), 1)
@@ -37,12 +37,14 @@ def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
             token,
             peak,
             total,
+            hidden if wanted is None else wanted,
             P,
             v,
             hidden.shape[1],
             head.first,
             mask_id,
             per_slice,
+            BOUNDED=wanted is not None,
             COUNT=count,
             PADDED=padded,
             POSITIONS=POSITIONS,
@@ -66,12 +68,14 @@ def kernel(
     token,
     peak,
     total,
+    wanted,
     positions,
     vocabulary,
     width,
     first,
     mask_id,
     per_slice,
+    BOUNDED: tl.constexpr,
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -82,9 +86,12 @@ def kernel(
     """Program (i, s): the best COUNT ids and the softmax terms of position block i over slice s of the vocabulary.
 
     hidden [positions, width], weight [vocabulary, width], both contiguous; logit, token [positions, slices, PADDED];
-    peak, total [slices, positions].
+    peak, total [slices, positions]. If BOUNDED, only blocks with a position below wanted [1] are worked on.
     """
     s = tl.program_id(1)
+    if BOUNDED:  # noqa: SIM102 (else there is nothing to load)
+        if tl.program_id(0) * POSITIONS >= tl.load(wanted):
+            return
     p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     there = p < positions
     place = tl.arange(0, PADDED)

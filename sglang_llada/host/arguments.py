@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
+DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ REFUSALS = (
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
     Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
+    Refusal("CUDA graphs of prefills", lambda a: captures_prefills(a)),
     Refusal(
         f"--attention-backend other than {', '.join(ATTENTION_BACKENDS)}",
         lambda a: (
@@ -110,6 +112,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
+        chosen |= graph_options(args, chosen["page_size"])
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
@@ -200,6 +203,42 @@ def check_split(args: Any, config: Llada2Config) -> None:
     wrong = [message for holds, message in rules if not holds]
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def row_budget(chunked_prefill_size: int | None, block_size: int) -> int:
+    """Rows that a forward should have at most, from --chunked-prefill-size, which counts tokens (-1 is off)."""
+    tokens = DEFAULT_BUDGET if chunked_prefill_size in (None, -1) else chunked_prefill_size
+    return max(tokens // block_size, 1)
+
+
+def graph_options(args: Any, block_size: int) -> dict[str, Any]:
+    """Which CUDA graphs to capture, unless the user says: steps of up to two rows for each request that may run.
+
+    The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
+    """
+    chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
+    if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
+        return chosen
+    running = args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+    most = min(2 * running, row_budget(args.chunked_prefill_size, block_size))
+    if args.device == "cpu":  # where graphs are a test: few sizes will do
+        return chosen | {"cuda_graph_bs_decode": [*powers_of_two(most), most]}
+    return chosen | {"cuda_graph_max_bs_decode": most}
+
+
+def powers_of_two(below: int) -> Iterator[int]:
+    """1, 2, 4, ... while less than `below`."""
+    power = 1
+    while power < below:
+        yield power
+        power *= 2
+
+
+def captures_prefills(args: Any) -> bool:
+    """Whether the user asks for CUDA graphs of prefills."""
+    config = args.cuda_graph_config or {}
+    in_config = config.get("prefill", {}).get("backend") if isinstance(config, dict) else config.prefill.backend
+    return {args.cuda_graph_backend_prefill, in_config} - {None, "disabled"} != set()
 
 
 def page_size(args: Any) -> int:

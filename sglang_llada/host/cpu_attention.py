@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND
+from sglang_llada.host.recording import kernel
 
 CAUSAL_CHUNK = 256  # queries that share a mask; a whole prompt's mask would be length x length
 
@@ -133,12 +134,7 @@ class RowAttention(AttentionBackend):
         lengths = (
             forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
         ).tolist()
-        if forward_batch.forward_mode.is_decode_or_idle():
-            counts = [1] * len(slots)
-        elif forward_batch.extend_seq_lens_cpu is not None:
-            counts = list(forward_batch.extend_seq_lens_cpu)
-        else:
-            counts = forward_batch.extend_seq_lens.tolist()
+        counts = row_lengths(forward_batch, len(slots))
         self.groups = [self._group(spans) for spans in same_shape(join_rows(slots, counts, lengths))]
         self.pieces = {}
 
@@ -153,6 +149,7 @@ class RowAttention(AttentionBackend):
             prefix=first.length - first.count,
         )
 
+    @kernel
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
     ) -> Tensor:
@@ -205,11 +202,22 @@ class RowAttention(AttentionBackend):
     get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to keep: a replay plans its spans anew."""
+        """Nothing to keep: spans are planned before each replay, outside what is captured."""
 
     def support_triton(self) -> bool:
         """No kernel of ours is Triton's."""
         return False
+
+
+def row_lengths(forward_batch: Any, rows: int) -> list[int]:
+    """Queries of each row."""
+    if forward_batch.forward_mode.is_decode_or_idle():
+        return [1] * rows
+    # A graph runner's view of a batch has neither field: its rows are all of one length.
+    known, lengths = (getattr(forward_batch, name, None) for name in ("extend_seq_lens_cpu", "extend_seq_lens"))
+    if known is not None:
+        return list(known)
+    return [forward_batch.input_ids.shape[0] // rows] * rows if lengths is None else lengths.tolist()
 
 
 def join_rows(slots: list[int], counts: list[int], lengths: list[int]) -> list[Span]:

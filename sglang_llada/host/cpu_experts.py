@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
+from sglang_llada.host.recording import kernel
 from sglang_llada.llada2.config import ARCHITECTURE
 
 TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
@@ -45,6 +46,7 @@ def forward_adopted(
     return forward(layer, x, topk_output, moe_runner_config)
 
 
+@kernel
 def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any) -> Tensor:
     """Sum over a token's experts of weight x SwiGLU expert.
 

@@ -1,7 +1,8 @@
 """Rows to forward to decisions: builds the host's ForwardBatch directly from a plan and reads back what a step decided.
 
-One host-to-device copy in (tokens and positions of all rows, packed) and one device-to-host read out per step. Logits
-exist only for open positions; FILL and SEAL rows run the layers and nothing else.
+One host-to-device copy in (everything that a step must know of its rows, as one table) and one device-to-host read out
+per step. Logits exist only for open positions; FILL and SEAL rows run the layers and nothing else. A step that fits a
+captured CUDA graph decides inside it (graphs.py), every other one right after its forward.
 """
 
 from __future__ import annotations
@@ -10,23 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.dllm.config import DllmConfig
+from sglang.srt.environ import envs
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
 from sglang_llada.blocks import Plan, Request, RowKind
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode import ALGORITHMS
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
-from sglang_llada.decode.select import select
+from sglang_llada.decode.contract import StepOut
+from sglang_llada.decode.decide import decide, idle, record
+from sglang_llada.host.arguments import decode_config
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A launched step: its plan and, if it has DENOISE rows, what they decided (still on the device)."""
+    """A launched step.
+
+    Attributes:
+        plan: its rows.
+        decided: what they decided, still on the device, first the plan's rows and then perhaps padding; None if the
+            plan has no DENOISE row. A replayed graph writes its next decisions over these.
+        replayed: whether a graph ran it.
+    """
 
     plan: Plan
     decided: StepOut | None
+    replayed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +49,37 @@ class Decision:
     open: list[bool]
 
 
+class Decider:
+    """Decisions from a model's hidden states, as the server's algorithm takes them."""
+
+    def __init__(self, model_runner: Any) -> None:
+        config = DllmConfig.from_server_args(model_runner.server_args)
+        self.model = model_runner.model
+        self.mask_id: int = config.mask_id
+        self.block_size: int = config.block_size
+        self.algorithm = decode_config(config).algorithm
+
+    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
+        """As decide()."""
+        head, exchange = self.model.head, self.model.exchange
+        return decide(
+            hidden, ids, table, count, head=head, exchange=exchange, mask_id=self.mask_id, algorithm=self.algorithm
+        )
+
+
 class Executor:
     """Runs plans on the host's model runner."""
 
-    def __init__(self, model_runner: Any, block_size: int, mask_id: int) -> None:
+    def __init__(self, model_runner: Any, decider: Decider) -> None:
         self.runner = model_runner
-        self.block_size = block_size
-        self.mask_id = mask_id
+        self.decide = decider
+        self.block_size = decider.block_size
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
-        self.offsets = torch.arange(block_size, device=self.device)
+        self.offsets = torch.arange(self.block_size, device=self.device)
+        self.idle = idle(self.block_size)
+        # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
+        envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
 
     @torch.inference_mode()
     def launch(self, plan: Plan, slots: list[int], of_ranks: list[int] | None = None) -> InFlight:
@@ -56,57 +88,56 @@ class Executor:
         Args:
             plan: its rows; none on a rank that takes part for the sake of the others' experts.
             slots: for each row, its request's row in the host's req_to_token table.
-            of_ranks: under DP attention, the tokens of each of its ranks in this forward.
+            of_ranks: under DP attention, the rows of each of its ranks in this forward.
         """
-        T = self.block_size
-        denoise = [i for i, row in enumerate(plan.rows) if row.kind is RowKind.DENOISE]
-        holes = [(i, j) for i in denoise for j, is_open in enumerate(plan.rows[i].request.block.open) if is_open]
         starts = [row.start for row in plan.rows]
-        tokens = [token for row in plan.rows for token in row.request.tokens_at(row.start)]
-        open_at = [i * T + j for i, j in holes]
-        steps = [plan.rows[i].request.block.steps for i in denoise]
-        ids, start, slot, open_index, rows, step = self._to_device(tokens, starts, slots, open_at, denoise, steps)
-
-        hidden = self._forward(ids, start, slot, starts, slots, of_ranks)  # [R * T, H]
+        ids, slot, start, table = self._to_device(plan, slots)
+        batch = self.forward_batch(ids, start, slot, starts, slots, of_ranks)
+        batch.step_table = table  # for the graph runner
+        output = self.runner.forward(batch)
+        denoise = plan.of(RowKind.DENOISE)
         if not denoise:
-            return InFlight(plan, None)
-        model = self.runner.model
-        best = select(hidden[open_index], model.head, self.mask_id, exchange=model.exchange)
-        token = torch.zeros_like(ids).index_copy(0, open_index, best.token[:, 0]).view(-1, T)[rows]
-        prob = torch.zeros(ids.shape, device=self.device).index_copy(0, open_index, best.prob[:, 0]).view(-1, T)[rows]
-        is_open = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, open_index, True).view(-1, T)[rows]
-        params = [plan.rows[i].request.params for i in denoise]
-        decided = ALGORITHMS[params[0].algorithm].step(
-            BlockRows(ids=ids.view(-1, T)[rows], open=is_open),
-            Scores(token=token, prob=prob),
-            State(step=step),
-            Params(
-                threshold=torch.tensor([p.threshold for p in params], device=self.device),
-                steps=torch.tensor([p.steps for p in params], device=self.device),
-            ),
-        )
-        return InFlight(plan, decided)
+            decided = None
+        elif output.can_run_graph:
+            decided = output.logits_output.decided
+        else:
+            count = sum(sum(row.request.block.open) for row in denoise)
+            decided = self.decide(output.logits_output.hidden_states, ids, table, count)
+        return InFlight(plan, decided, output.can_run_graph)
 
     def read(self, launched: InFlight) -> list[Decision]:
         """Wait for a step and bring its decisions to the host: the step's one device-to-host read."""
         if launched.decided is None:
             return []
         out = launched.decided
-        ids, still_open = torch.stack((out.ids, out.open.long())).tolist()
-        rows = launched.plan.of(RowKind.DENOISE)
+        denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
+        ids, still_open = torch.stack((out.ids, out.open.long())).cpu()[:, denoise].tolist()
         return [
-            Decision(row.request, None if min(tokens) < 0 else tokens, [bool(o) for o in opens])
-            for row, tokens, opens in zip(rows, ids, still_open, strict=True)
+            Decision(
+                launched.plan.rows[i].request, None if min(tokens) < 0 else tokens, [bool(is_open) for is_open in opens]
+            )
+            for i, tokens, opens in zip(denoise, ids, still_open, strict=True)
         ]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _to_device(self, *lists: list[int]) -> tuple[Tensor, ...]:
-        """int64 tensors of the lists on the device, through one copy."""
-        packed = torch.tensor([x for part in lists for x in part], dtype=torch.int64)
-        return packed.to(self.device, non_blocking=True).split([len(part) for part in lists])
+    def _to_device(self, plan: Plan, slots: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [R * T], req_to_token rows [R], starts [R] and records [R, T + columns], through one copy."""
+        flat: list[int] = []
+        for row, slot in zip(plan.rows, slots, strict=True):
+            request = row.request
+            flat += request.tokens_at(row.start)
+            flat += (slot, row.start)
+            if row.kind is RowKind.DENOISE:
+                flat += record(request.block.open, request.block.steps, request.params)
+            else:
+                flat += self.idle
+        T = self.block_size
+        packed = torch.tensor(flat, dtype=torch.int64).view(-1, T + 2 + len(self.idle))
+        rows = packed.to(self.device, non_blocking=True)
+        return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :]
 
-    def _forward(
+    def forward_batch(
         self,
         ids: Tensor,
         start: Tensor,
@@ -114,8 +145,8 @@ class Executor:
         starts: list[int],
         slots: list[int],
         of_ranks: list[int] | None = None,
-    ) -> Tensor:
-        """Hidden states after the last norm, [R * T, H], of rows given as ids [R * T], start [R] and slot [R]."""
+    ) -> ForwardBatch:
+        """The host's batch of rows: ids [R * T]; start [R] and slot [R], on the device and as lists."""
         T, R = self.block_size, len(starts)
         positions = start[:, None] + self.offsets  # [R, T]
         batch = ForwardBatch(
@@ -140,13 +171,13 @@ class Executor:
             extend_logprob_start_lens_cpu=[T] * R,
         )
         if of_ranks is not None:
+            tokens = [rows * T for rows in of_ranks]
             batch.is_extend_in_batch = True
-            batch.original_global_num_tokens_cpu = batch.global_num_tokens_cpu = of_ranks
-            batch.global_num_tokens_gpu = torch.tensor(of_ranks, device=self.device)
-            batch.global_num_tokens_for_logprob_cpu = of_ranks
+            batch.can_run_decode_cuda_graph = True
+            batch.original_global_num_tokens_cpu = of_ranks  # which graph to replay is asked in rows
+            batch.global_num_tokens_cpu = batch.global_num_tokens_for_logprob_cpu = tokens
+            batch.global_num_tokens_gpu = torch.tensor(tokens, device=self.device)
             batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
         self.runner.kv_index_translator.bind_own_plan(batch)
         batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
-        output = self.runner.forward(batch)
-        hidden: Tensor = output.logits_output.hidden_states
-        return hidden
+        return batch

@@ -6,11 +6,14 @@ alone. It serves the stock classes as well as ours.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_llada.config import read_replay
 
 ATTENTION_BACKEND = "llada_rows"
 # Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
@@ -23,7 +26,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """CPU through torch operations."""
 
     _enum = PlatformEnum.OOT
-    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        self.replays = read_replay(os.environ)
+        self.capabilities = PlatformCapabilities(graph_capture=self.replays)
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
         """There is no device that pinned memory would help."""
@@ -37,17 +43,29 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Layers run their plain torch forward."""
         return "native"
 
+    def get_full_graph_backend_cls(self) -> type[Any]:
+        """What stands for CUDA graphs here."""
+        from sglang_llada.host.replay import ReplayBackend
+
+        return ReplayBackend
+
     def init_backend(self) -> None:
         """Register our attention backend, and DP attention's plain copies; called in each worker."""
+        import torch
+        from sglang.srt.distributed import parallel_state
         from sglang.srt.layers import dp_attention
         from sglang.srt.model_executor import forward_batch_info
 
         from sglang_llada.host import cpu_attention
+        from sglang_llada.host.recording import kernel
 
         cpu_attention.register()
         # The host has torch code for both, which it takes on its own CPU engine only.
-        dp_attention.memcpy_func = dp_attention.memcpy_cpu
+        dp_attention.memcpy_func = kernel(dp_attention.memcpy_cpu)
         forward_batch_info._is_cpu = True
+        if self.replays:  # the host would capture and replay diffusion rows on devices only
+            parallel_state.get_current_device_stream_fast = torch.cpu.current_stream
+            forward_batch_info.ForwardMode.is_cpu_graph = forward_batch_info.ForwardMode.is_cuda_graph
 
     def post_load_model(self, model: Any) -> None:
         """Take over the expert layers of LLaDA2; called in each worker once weights are loaded."""

@@ -31,21 +31,20 @@ from sglang.srt.mem_cache.common import (
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.observability.req_time_stats import set_time_batch
-from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
+from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, stop_ids, why_refused
-from sglang_llada.host.arguments import decode_config, facts_of, is_ours
-from sglang_llada.host.executor import Decision, Executor, InFlight
+from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
+from sglang_llada.host.executor import Decider, Decision, Executor, InFlight
 from sglang_llada.host.streaming import LladaOutputStreamer
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
-DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
 class LladaScheduler(Scheduler):
@@ -67,10 +66,9 @@ class LladaScheduler(Scheduler):
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.in_flight: InFlight | None = None
         self.unbooked: list[Decision] = []
-        self.row_budget = max((self.chunked_prefill_size or DEFAULT_BUDGET) // facts.block_size, 1)
-        # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
-        envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
-        self.executor = Executor(self.tp_worker.model_runner, facts.block_size, facts.mask_id)
+        self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
+        self.replayed = self.eager = 0  # steps
+        self.executor = Executor(self.tp_worker.model_runner, Decider(self.tp_worker.model_runner))
         self.running_batch.forward_mode = ForwardMode.DLLM_EXTEND
         # Checkpoints without a generation_config name their stop tokens in the tokenizer only.
         self.model_config.hf_eos_token_id = set(self.model_config.hf_eos_token_id or ()) | set(facts.stop_ids)
@@ -142,8 +140,8 @@ class LladaScheduler(Scheduler):
     def _launch(self) -> bool:
         """Stage: plan the next step and enqueue it."""
         plan = self._plan()
-        tokens = self._tokens_of_ranks(len(plan.rows) * self.facts.block_size)
-        if not any(tokens):
+        rows = self._rows_of_ranks(len(plan.rows))
+        if not any(rows):
             return False
         self.forward_ct += 1
         self.cur_batch_for_debug = self.running_batch
@@ -151,7 +149,8 @@ class LladaScheduler(Scheduler):
         self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
         self.profiler_manager._profile_batch_predicate(self.running_batch)
         slots = [self.reqs[row.request.rid].kv.req_pool_idx for row in plan.rows]
-        self.in_flight = self.executor.launch(plan, slots, tokens if len(tokens) > 1 else None)
+        self.in_flight = self.executor.launch(plan, slots, rows if len(rows) > 1 else None)
+        self._count_step(self.in_flight.replayed)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
         return True
@@ -168,17 +167,26 @@ class LladaScheduler(Scheduler):
             else:
                 self._retract_one()
 
-    def _tokens_of_ranks(self, mine: int) -> list[int]:
-        """Tokens that each DP attention rank has for the next forward: all take part, or none does."""
+    def _rows_of_ranks(self, mine: int) -> list[int]:
+        """Rows that each DP attention rank has for the next forward: all take part, or none does."""
         parallel = get_parallel()
         if parallel.attn_dp_size == 1:
             return [mine]
         everyones = torch.empty(parallel.tp_size, dtype=torch.int64)
         torch.distributed.all_gather_single(everyones, torch.tensor([mine]), group=parallel.tp_group.cpu_group)
-        tokens: list[int] = everyones[:: parallel.attn_tp_size].tolist()
-        if not any(tokens):
+        rows: list[int] = everyones[:: parallel.attn_tp_size].tolist()
+        if not any(rows):
             time.sleep(IDLE_SECONDS)
-        return tokens
+        return rows
+
+    def _count_step(self, replayed: bool) -> None:
+        """Steps that a CUDA graph ran, and others, for the log line and the host's metric of them."""
+        if replayed:
+            self.replayed += 1
+        else:
+            self.eager += 1
+        if get_observability().enable_metrics:
+            self.metrics_collector.increment_decode_cuda_graph_pass(value=replayed)
 
     # --- admission --------------------------------------------------------------------------------------------------
 
@@ -358,7 +366,10 @@ class LladaScheduler(Scheduler):
         reporter = self.metrics_reporter
         reporter.num_generated_tokens += committed
         reporter.forward_ct_decode += 1
-        reporter.report_decode_stats(False, self.running_batch, committed)
+        # The host only prints its first argument, as whether the last step was a graph's.
+        reporter.report_decode_stats(
+            f"{self.replayed} steps replayed, {self.eager} eager", self.running_batch, committed
+        )
         snapshot = self.publish_load_snapshot(force=False)
         self.load_publisher.publish_load_stat(self.load_inquirer.get_loads, force=False, snapshot=snapshot)
 

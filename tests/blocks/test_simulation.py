@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from sglang_llada.blocks import Ending, Phase, Request, RowKind, Table, next_step
+from sglang_llada.blocks import Ending, Phase, Request, RowKind, Table, most_rows, next_step
 
 T, MASK, EOS, VOCAB = 4, 0, 1, 12
 
@@ -90,6 +90,7 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
             table.readmit(waiting.pop(0), cached=rng.randrange(request.block.start // T + 1) * T)
         while True:  # plan; retract the youngest until the rest has its pages
             plan = next_step(table.running(), budget)
+            assert len(plan.rows) <= most_rows(len(table.running()), budget)
             if all([pool.grow(row.request.rid, row.start + T) for row in plan.rows]):
                 break
             victim = table.running()[-1]

@@ -58,6 +58,14 @@ if INTERPRETED:
         out = selection.finish(select_triton.reduce(hidden, Head(exact(200, 16)), MASK, 1))
         assert (out.token[:, 0] == -1).tolist() == [False, False, True, False]
 
+    @pytest.mark.parametrize("wanted", [0, 1, 64, 65, 130])
+    def test_positions_that_nobody_wants_are_left_alone(wanted: int) -> None:
+        hidden, head = exact(130, 16), Head(exact(200, 16))
+        whole = selection.finish(select_triton.reduce(hidden, head, MASK, 2))
+        some = selection.finish(select_triton.reduce(hidden, head, MASK, 2, torch.tensor(wanted)))
+        assert torch.equal(some.token[:wanted], whole.token[:wanted])
+        assert torch.equal(some.prob[:wanted], whole.prob[:wanted])
+
     def test_no_positions() -> None:
         assert select_triton.reduce(torch.zeros(0, 16), Head(exact(200, 16)), MASK, 2).logit.shape == (0, 2)
 
@@ -73,9 +81,11 @@ else:
 
         used = compiled(
             kernels.kernel,
-            {"hidden": dtype, "weight": dtype, "logit": "fp32", "token": "i32", "peak": "fp32", "total": "fp32"},
+            {"hidden": dtype, "weight": dtype, "logit": "fp32", "token": "i32", "peak": "fp32", "total": "fp32"}
+            | {"wanted": "i64"},
             ["positions", "vocabulary", "width", "first", "mask_id", "per_slice"],
             {
+                "BOUNDED": True,
                 "COUNT": 1,
                 "PADDED": 1,
                 "POSITIONS": kernels.POSITIONS,

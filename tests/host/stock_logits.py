@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sglang.benchmark.one_batch as host
 import torch
-from sglang.srt.environ import envs
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_llada.host import cpu_experts
 from sglang_llada.host.executor import Executor
-from tests.toy import EOS, MASK, make_checkpoint
+from tests.toy import EOS, make_checkpoint
 
 T, BLOCKS, SLOT = 32, 5, 1
 
@@ -44,25 +44,18 @@ def load(folder: Path) -> Any:
     rank = host.spawn_world_rank(server_args, tp_rank=0, pp_rank=0)
     host.publish(server_args, role="scheduler", ranks=host.SpawnRanks(world_rank=rank, gpu_id=0))
     host._init_process_global_configs()
-    envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
     return host.load_model(server_args, PortArgs.init_new(server_args), 0, 0)[0].torch_runner
 
 
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    executor = Executor(runner, T, MASK)
+    executor = Executor(runner, SimpleNamespace(block_size=T))  # type: ignore[arg-type]
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    kept: list[Any] = []
-    forward = runner.forward
-    runner.forward = lambda batch: kept.append(forward(batch)) or kept[0]
     starts = list(range(0, len(ids), T))
-    try:
-        executor._forward(ids, torch.tensor(starts), torch.tensor([SLOT] * BLOCKS), starts, [SLOT] * BLOCKS)
-    finally:
-        runner.forward = forward
-    return kept[0].logits_output.full_logits
+    batch = executor.forward_batch(ids, torch.tensor(starts), torch.tensor([SLOT] * BLOCKS), starts, [SLOT] * BLOCKS)
+    return runner.forward(batch).logits_output.full_logits
 
 
 if __name__ == "__main__":

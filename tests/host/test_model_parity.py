@@ -83,16 +83,18 @@ def told(call: Callable[[], None]) -> str:
 
 def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
     """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
-    from sglang_llada.host.executor import Executor
+    from sglang_llada.host.executor import Decider, Executor
 
-    executor = Executor(runner, T, MASK)
+    executor = Executor(runner, Decider(runner))
     for slot in range(len(texts)):  # page 0 is the host's, for padding
         begin = (1 + 8 * slot) * T
         runner.req_to_token_pool.req_to_token[slot, : 8 * T] = torch.arange(begin, begin + 8 * T)
     ids = [token for slot, block in rows for token in texts[slot][block * T : (block + 1) * T]]
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        hidden = executor._forward(torch.tensor(ids), torch.tensor(starts), torch.tensor(slots), starts, slots)
+        batch = executor.forward_batch(torch.tensor(ids), torch.tensor(starts), torch.tensor(slots), starts, slots)
+        batch.step_table = torch.tensor([executor.idle] * len(rows))
+        hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
 
 
@@ -139,7 +141,7 @@ def rewrite(folder: Path, model: Llada2ForDiffusion) -> None:
         (2, ()),
         (2, ("--ep-size", "2")),
         (1, ("--attention-backend", "torch_native")),
-        (1, ("--attention-backend", "triton")),
+        (1, ("--attention-backend", "triton", "--max-running-requests", "4")),  # fewer than rows
     ],
     ids=["one rank", "two ranks", "experts on two ranks", "attention torch_native", "attention triton, interpreted"],
 )

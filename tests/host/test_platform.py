@@ -158,12 +158,20 @@ def attend(on: cpu_attention.RowAttention, tokens: int, causal: bool) -> Tensor:
     return on.forward_extend(q, None, None, layer, None, save_kv_cache=False)  # type: ignore[arg-type]
 
 
+def of_graph(rows: list[tuple[int, int, int]]) -> SimpleNamespace:
+    """The same as a graph runner hands it over: without lengths of rows."""
+    eager = batch(rows)
+    keep = ("forward_mode", "req_pool_indices", "seq_lens", "seq_lens_cpu")
+    tokens = sum(count for _, count, _ in rows)
+    return SimpleNamespace(input_ids=torch.zeros(tokens), **{name: getattr(eager, name) for name in keep})
+
+
 def test_a_replay_plans_as_an_eager_forward_does() -> None:
     """Graph runners call the out-of-graph half; a plan left over from the capture would be silently wrong."""
     eager, replayed = backend(), backend()
     eager.init_forward_metadata(batch([(1, 32, 64)]))
-    replayed.init_forward_metadata_out_graph(batch([(0, 32, 32)]), in_capture=True)
-    replayed.init_forward_metadata_out_graph(batch([(1, 32, 64)]))
+    replayed.init_forward_metadata_out_graph(of_graph([(0, 32, 32)]), in_capture=True)
+    replayed.init_forward_metadata_out_graph(of_graph([(1, 32, 64)]))
     assert type(replayed).init_forward_metadata is AttentionBackend.init_forward_metadata
     torch.testing.assert_close(attend(replayed, 32, False), attend(eager, 32, False), rtol=0, atol=0)
 

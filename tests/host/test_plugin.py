@@ -109,7 +109,14 @@ def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytes
     hooked: list[str] = []
     monkeypatch.setenv("SGLANG_LLADA", mode.value)
     monkeypatch.setattr(seams, "require", mismatch)
-    for name in ("register_config", "hook_arguments", "prepare_cpu", "hook_model_class", "replace_scheduler"):
+    for name in (
+        "register_config",
+        "hook_arguments",
+        "prepare_cpu",
+        "hook_model_class",
+        "replace_scheduler",
+        "hook_graphs",
+    ):
         monkeypatch.setattr(plugin, name, lambda *_, name=name: hooked.append(name))
     plugin.install.cache_clear()
     with pytest.raises(SystemExit, match="another release"):
@@ -227,6 +234,7 @@ ASKING = {
     "--is-embedding": {"is_embedding": True},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
     "--attention-backend other than flashinfer, triton, torch_native, llada_rows": {"attention_backend": "fa3"},
+    "CUDA graphs of prefills": {"cuda_graph_backend_prefill": "breakable"},
 }
 
 
@@ -294,6 +302,36 @@ def test_a_server_of_another_model_is_not_ours(arguments: Any, other: str, given
     server_args = ServerArgs(model_path=other, **given)
     arguments.fill_in(server_args, Mode.ON)
     assert not arguments.is_ours(server_args)
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        ({}, 2 * DEFAULT_MAX_RUNNING_REQUESTS),
+        ({"max_running_requests": 5}, 10),
+        ({"max_running_requests": 5000}, 8192 // T),
+        ({"max_running_requests": 5000, "chunked_prefill_size": 20 * T}, 20),
+        ({"cuda_graph_max_bs_decode": 7}, 7),
+        ({"cuda_graph_bs_decode": [1, 2]}, None),
+        ({"cuda_graph_config": {"decode": {"max_bs": 3}}}, None),
+    ],
+)
+def test_graphs_are_captured_for_two_rows_a_request_unless_the_user_says(
+    arguments: Any, llada2: str, given: dict[str, Any], most: int | None
+) -> None:
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", **given)
+    assert args.cuda_graph_max_bs_decode == most
+    assert args.disable_prefill_cuda_graph
+
+
+def test_few_graphs_are_captured_on_the_cpu(arguments: Any, llada2: str) -> None:
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cpu", max_running_requests=10)
+    assert args.cuda_graph_bs_decode == [1, 2, 4, 8, 16, 20]
+
+
+def test_prefill_graphs_of_a_configuration_are_refused_too(arguments: Any, llada2: str) -> None:
+    with pytest.raises(ConfigError, match="CUDA graphs of prefills"):
+        filled(arguments, Mode.ON, model_path=llada2, cuda_graph_config={"prefill": {"backend": "full"}})
 
 
 # --- facts of the checkpoint ----------------------------------------------------------------------------------------
