@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 280
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,12 @@ class Server:
         while not (reply := self.post("/flush_cache")).ok:
             assert time.monotonic() < deadline, reply.text
             time.sleep(0.2)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A Prometheus metric with these labels, summed over the others; 0 if there is none yet."""
+        families = text_string_to_metric_families(requests.get(self.url + "/metrics", timeout=20).text)
+        samples = [sample for family in families for sample in family.samples]
+        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 
     def load(self) -> dict[str, Any]:
         """What the scheduler says of itself."""

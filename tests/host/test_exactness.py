@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,8 @@ from tests.host.serving import Server, serving
 
 CONTEXT = 2080
 LONG_ANSWERS, LONG_TOKENS = 16, 256
+GRAPH_ROWS = (1, 3, 8, 20, 40)
+GRAPH_MODES = ("decode_cuda_graph", "decode_none")  # how the host's metric names steps
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 
@@ -50,7 +55,8 @@ def test_thirty_two_at_once_from_a_cold_cache(server: Server, cases: list[Case])
     compare(cases, server.generate_all([c.prompt for c in cases], NEW_TOKENS, 32), "32 at once, cold")
 
 
-def test_random_order_with_aborts_and_a_warm_cache(server: Server, cases: list[Case]) -> None:
+def disturbed(server: Server, cases: list[Case], how: str) -> list[dict[str, Any]]:
+    """Answers to all prompts in random order, 29 at once, while 60 other requests are aborted; in the cases' order."""
     rng = random.Random(3)
     shuffled = rng.sample(cases, len(cases))
     doomed = [rng.choice(cases).prompt for _ in range(60)]
@@ -73,7 +79,29 @@ def test_random_order_with_aborts_and_a_warm_cache(server: Server, cases: list[C
         answers = server.generate_all([c.prompt for c in shuffled], NEW_TOKENS, 29)
         for each in aborted:
             each.result()
-    compare(shuffled, answers, "random order, aborts, warm cache")
+    compare(shuffled, answers, how)
+    by_prompt = {tuple(case.prompt): answer for case, answer in zip(shuffled, answers, strict=True)}
+    return [by_prompt[tuple(case.prompt)] for case in cases]
+
+
+def test_random_order_with_aborts_and_a_warm_cache(server: Server, cases: list[Case]) -> None:
+    disturbed(server, cases, "random order, aborts, warm cache")
+
+
+def test_graphs_change_nothing(server: Server, cases: list[Case], tmp_path: Path) -> None:
+    """Steps of at most 40 rows are replayed strictly (replay.py), larger ones run; arrivals, ends and aborts."""
+    args = ("--enable-metrics", "--cuda-graph-bs-decode", *map(str, GRAPH_ROWS))
+    with serving(TINY, tmp_path / "log", *args, env={"SGLANG_LLADA_REPLAY": "1"}) as graphs:
+        replayed = disturbed(graphs, cases, "graphs replayed, random order, aborts")
+        counted = {mode: graphs.metric("sglang:cuda_graph_passes_total", mode=mode) for mode in GRAPH_MODES}
+        logged = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", graphs.log.read_text())
+    eager = disturbed(server, cases, "the same without graphs")
+    assert [answer["output_ids"] for answer in replayed] == [answer["output_ids"] for answer in eager]
+    print(f"steps: {counted}")
+    assert min(counted.values()) > 0
+    assert (
+        logged and int(logged[-1][0]) <= counted["decode_cuda_graph"] and int(logged[-1][1]) <= counted["decode_none"]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,11 +29,15 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("how", FLAGS)
-def test_two_ranks_answer_as_one(how: str, cases: list[Case], tmp_path: Path) -> None:
-    with serving(TINY, tmp_path / "log", *FLAGS[how]) as server:
+@pytest.mark.parametrize(("how", "replay"), [(how, "0") for how in FLAGS] + [("tensor", "1"), ("attention", "1")])
+def test_two_ranks_answer_as_one(how: str, replay: str, cases: list[Case], tmp_path: Path) -> None:
+    with serving(TINY, tmp_path / "log", *FLAGS[how], env={"SGLANG_LLADA_REPLAY": replay}) as server:
         answers = server.generate_all([case.prompt for case in cases[:100]], NEW_TOKENS, 16)
-    compare(cases[:100], answers, f"{how}, 16 at once")
+        steps = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", server.log.read_text())
+    compare(cases[:100], answers, f"{how}{', graphs replayed' * int(replay)}, 16 at once")
+    replayed, eager = map(int, steps[-1])
+    print(f"steps: {replayed} replayed, {eager} eager")
+    assert (replayed > eager) == (replay == "1")
 
 
 def test_block_routing_on_two_ranks_answers_as_the_reference(
