@@ -17,7 +17,16 @@ from typing import Any
 from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.arg_groups.overrides import declare_resolution
 
-from sglang_llada.config import DEFAULT_FLAG, DEFAULT_MAX_RUNNING_REQUESTS, FLAGS, DecodeConfig, Mode, algorithm_of_flag
+from sglang_llada.config import (
+    DEFAULT_FLAG,
+    DEFAULT_MAX_RUNNING_REQUESTS,
+    FLAGS,
+    REPLAY_VARIABLE,
+    DecodeConfig,
+    Mode,
+    algorithm_of_flag,
+    read_replay,
+)
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
@@ -217,6 +226,8 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
     """
     chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
+    if args.device == "cpu" and read_replay(os.environ) and attention_dp(args):
+        raise ConfigError(f"{REPLAY_VARIABLE} is '1', and the host cannot capture DP attention on the CPU")
     if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
         return chosen
     running = args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS

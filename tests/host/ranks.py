@@ -56,7 +56,7 @@ def make_runner(rank: int, job: Job) -> Any:
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=rank))
     initialize_moe_config()
     config = ModelConfig.from_server_args(args)
-    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=job.port)
+    bootstrap.init_parallel_runtime(server_args=args, device=resolution_result(args, "device"), dist_port=job.port)
     bootstrap.init_layer_runtime(model_config=config)
     runner = ModelRunner(
         model_config=config,

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_llada.blocks import Request, next_step
+from sglang_llada.config import DecodeConfig
+from sglang_llada.decode.contract import StepOut
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.recording import kernel, recording
+from sglang_llada.host.executor import Executor
+from sglang_llada.host.recording import kernel, no_host_reads, recording
 from sglang_llada.host.replay import ReplayBackend
 
 pytestmark = pytest.mark.host
@@ -153,6 +161,49 @@ def test_planted_effect_of_padded_rows() -> None:
     toy.replay(list(range(SIZE * T)))  # no row is padded
     with pytest.raises(IntegrityError, match="padded rows"):
         toy.replay(list(range(T)))
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses operations whose result is a value on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that our code does for a step outside the host's forward; the forward itself is what graphs check."""
+    monkeypatch.setattr(ForwardBatch, "_init_num_token_non_padded", lambda self, **_: None)
+    requests = [
+        Request(f"r{n}", list(range(n)), 8, frozenset(), DecodeConfig.defaults(T), block_size=T, mask_id=9)
+        for n in (1, 9)
+    ]
+    for request in requests:
+        request.admit(0)
+    head = Head(torch.randn(50, WIDTH))
+
+    def forward(batch: ForwardBatch) -> Any:
+        hidden = torch.randn(batch.input_ids.shape[0], WIDTH)
+        return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
+
+    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
+        return decide(hidden, ids, table, count, head=head, mask_id=9, algorithm="threshold")
+
+    decider.block_size = T  # type: ignore[attr-defined]
+    runner = SimpleNamespace(
+        device="cpu",
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * T * 2).view(2, -1)),
+        kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
+        forward=forward,
+    )
+    executor = Executor(runner, decider)  # type: ignore[arg-type]
+    plan = next_step(requests, 100)
+    with no_host_reads(), NoReads():
+        launched = executor.launch(plan, [0 if row.request is requests[0] else 1 for row in plan.rows])
+        with pytest.raises(IntegrityError, match="on the host"):
+            executor.read(launched)
+    assert [decision.request for decision in executor.read(launched)] == requests
+    assert all(len(decision.tokens or []) == T for decision in executor.read(launched))
 
 
 def test_what_a_kernel_does_inside_is_its_own() -> None:

@@ -92,8 +92,9 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     ids = [token for slot, block in rows for token in texts[slot][block * T : (block + 1) * T]]
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        batch = executor.forward_batch(torch.tensor(ids), torch.tensor(starts), torch.tensor(slots), starts, slots)
-        batch.step_table = torch.tensor([executor.idle] * len(rows))
+        on_device = [torch.tensor(each, device=runner.device) for each in (ids, starts, slots)]
+        batch = executor.forward_batch(*on_device, starts, slots)
+        batch.step_table = torch.tensor([executor.idle] * len(rows), device=runner.device)
         hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
 

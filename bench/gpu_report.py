@@ -1,0 +1,147 @@
+"""What only a GPU can tell, in one file: the `gpu` tests, times of our kernels, and the host's serving benchmark.
+
+    python -m bench.gpu_report --out report.json [--model inclusionAI/LLaDA2.0-mini] [--mode-off]
+
+Without --model the serving benchmark is left out. With --mode-off it runs a second time on the host's own code.
+The last line printed is the record that is also written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = 1
+V, H, MASK = 157_184, 2048, 156_895  # of LLaDA2.0-mini
+POSITIONS = (32, 256, 1024)
+REPEATS = 20
+LOAD = ("--dataset-name", "random", "--num-prompts", "256", "--random-input-len", "512", "--random-output-len", "256")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report; 2 if there is no GPU, 1 if a test failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"), help="where the record is written")
+    parser.add_argument("--model", help="checkpoint for the serving benchmark")
+    parser.add_argument("--mode-off", action="store_true", help="benchmark the host's own code beside ours")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("gpu_report: torch.cuda sees no accelerator, and every part of the report needs one", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "argv": sys.argv,
+        "git": git_state(),
+        "environment": environment(),
+        "tests": run_tests(),
+        "selection": [time_selection(count) for count in POSITIONS],
+        "serving": [serve(args.model, mode) for mode in ("on", "off")[: 1 + args.mode_off]] if args.model else [],
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, outcome in record["tests"].items():
+        print(f"{outcome:8} {name}")
+    for row in record["selection"]:
+        times = f"{row['kernel_ms']:.3f} ms, whole logits {row['logits_ms']:.3f} ms"
+        print(f"selection, {row['positions']} positions: {times}")
+    print(json.dumps(record))
+    return int("failed" in record["tests"].values())
+
+
+def run_tests() -> dict[str, str]:
+    """Outcome of each gpu test."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"], cwd=ROOT, check=False)
+        return outcomes(report)
+
+
+def outcomes(report: Path) -> dict[str, str]:
+    """Name to passed, failed or skipped, of pytest's XML report."""
+    kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    return {
+        f"{case.get('classname')}::{case.get('name')}": next((kinds[e.tag] for e in case if e.tag in kinds), "passed")
+        for case in ElementTree.parse(report).iter("testcase")
+    }
+
+
+def time_selection(positions: int) -> dict[str, Any]:
+    """Median milliseconds of selection, and of whole logits with softmax and maximum, in bf16."""
+    from sglang_llada.decode.select import Head, best, select
+
+    hidden = torch.randn(positions, H, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(V, H, dtype=torch.bfloat16, device="cuda")
+    return {
+        "positions": positions,
+        "kernel_ms": milliseconds(lambda: select(hidden, Head(weight), MASK)),
+        "logits_ms": milliseconds(lambda: best(hidden @ weight.T, MASK)),
+    }
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a run on the device, after three to warm up."""
+    times = []
+    for _ in range(REPEATS + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times[3:])
+
+
+def serve(model: str, mode: str) -> dict[str, Any]:
+    """One run of the host's serving benchmark against a server in a mode of ours."""
+    from tests.host.serving import launch, ready, stop
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        process, url = launch(Path(model), folder / "log", env={**os.environ, "SGLANG_LLADA": mode})
+        stack.callback(stop, process)
+        ready(process, url, folder / "log")
+        out = folder / "bench.jsonl"
+        subprocess.run(
+            [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url]
+            + ["--model", model, "--seed", "1", "--output-file", str(out), *LOAD],
+            check=True,
+        )
+        return {"mode": mode, **json.loads(out.read_text(encoding="utf-8").splitlines()[-1])}
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    devices = range(torch.cuda.device_count())
+    packages = ("sglang", "torch", "triton", "transformers")
+    return {
+        "python": platform.python_version(),
+        "devices": [torch.cuda.get_device_name(device) for device in devices],
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in packages},
+    }
+
+
+def git_state() -> str:
+    """The commit, marked if the tree is not clean."""
+    out = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return out.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

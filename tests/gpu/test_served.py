@@ -1,0 +1,70 @@
+"""On devices: attention backends against the reference, graphs against eager steps, several ranks against one.
+
+Not run yet. The trained checkpoint has heads of 32, which FlashInfer does not have kernels for; FlashInfer is therefore
+compared by logits, on random weights with heads of 128.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import HOST_INSTALLED
+
+if not HOST_INSTALLED:
+    pytest.skip("SGLang is not installed; run `make venv`", allow_module_level=True)
+
+from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
+from tests.host.conftest import cases as cases
+from tests.host.conftest import facts as facts
+from tests.host.conftest import reference as reference
+from tests.host.conftest import tokenizer as tokenizer
+from tests.host.ranks import run_ranks
+from tests.host.serving import serving
+from tests.host.test_model_parity import logits_of, sequences
+from tests.toy import make_checkpoint
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
+
+EXACT = ("--dtype", "float32", "--attention-backend", "triton")
+WIDE = {"head_dim": 128, "intermediate_size": 128, "moe_intermediate_size": 64}
+HALF = 0.05  # of the logits' spread: what bf16 may do to them
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "torch_native"])
+def test_logits_of_each_attention_backend_are_the_references(backend: str, tmp_path: Path) -> None:
+    """All blocks of a sequence in one forward, in no order."""
+    model = make_checkpoint(tmp_path, **WIDE)
+    want = [model.block_causal(text) for text in sequences()]
+    (got,) = run_ranks(logits_of, tmp_path, 1, "--attention-backend", backend, "--dtype", "bfloat16")
+    for logits, reference_logits in zip(got["together"], want, strict=True):
+        off = (logits.cpu().float() - reference_logits).abs().max() / reference_logits.std()
+        print(f"{backend}: largest difference {off:.3f} of the spread")
+        assert off < HALF
+
+
+@pytest.mark.parametrize("graphs", ["full", "disabled"])
+def test_served_output_is_the_references(graphs: str, cases: list[Case], tmp_path: Path) -> None:
+    with serving(TINY, tmp_path / "log", *EXACT, "--cuda-graph-backend-decode", graphs) as server:
+        answers = server.generate_all([case.prompt for case in cases], NEW_TOKENS, 32)
+    compare(cases, answers, f"on a GPU, graphs {graphs}")
+
+
+@two_devices
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tp-size", "2"),
+        ("--tp-size", "2", "--ep-size", "2"),
+        ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
+    ],
+    ids=["tensor", "experts", "attention"],
+)
+def test_two_devices_answer_as_one(flags: tuple[str, ...], cases: list[Case], tmp_path: Path) -> None:
+    with serving(TINY, tmp_path / "log", *EXACT, *flags) as server:
+        answers = server.generate_all([case.prompt for case in cases[:100]], NEW_TOKENS, 16)
+    compare(cases[:100], answers, "on two GPUs")
