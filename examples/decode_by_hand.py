@@ -29,15 +29,16 @@ def decode_block(
     size = model.config.block_size
     start, given = len(prompt) // size * size, len(prompt) % size  # the live block begins with the prompt's last tokens
     ids = torch.tensor([prompt[start:] + [mask_id] * (size - given)])  # [1, T]
-    block = BlockRows(ids=ids, open=torch.arange(size)[None] >= given)
-    state = State(step=torch.zeros(1, dtype=torch.int64))
+    nothing = torch.zeros(1, size, dtype=torch.bool)
+    block = BlockRows(ids=ids, open=torch.arange(size)[None] >= given, editable=nothing)
+    state = State(*torch.zeros(2, 1, dtype=torch.int64))
     while block.open.any():
         logits = model.block_causal(prompt[:start] + block.ids[0].tolist())[start:]  # [T, V]
         found = best(logits, mask_id)
         scores = Scores(token=found.token.T, prob=found.prob.T)  # [1, T]
         out = step(block, scores, state, params)
         decided = (block.open & ~out.open)[0].nonzero().flatten().tolist()
-        block, state = BlockRows(ids=out.ids, open=out.open), out.state
+        block, state = BlockRows(ids=out.ids, open=out.open, editable=nothing), out.state
         print(f"step {state.step.item()}: {text(tokenizer, block, given)}")
         for i in decided:
             print(f"    {i:2} {tokenizer.decode([block.ids[0, i].item()])!r} {found.prob[i, 0]:.3f}")
@@ -60,7 +61,12 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
     facts, chat = read_facts(args.checkpoint), [{"role": "user", "content": args.question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-    params = Params(threshold=torch.tensor([args.threshold]), steps=torch.tensor([facts.block_size]))
+    params = Params(
+        threshold=torch.tensor([args.threshold]),
+        steps=torch.tensor([facts.block_size]),
+        edit_threshold=torch.ones(1),
+        max_post_edit_steps=torch.zeros(1, dtype=torch.int64),
+    )
     tokens = decode_block(load_reference(args.checkpoint), tokenizer, prompt, facts.mask_id, params)
     end = next((i for i, token in enumerate(tokens) if token in facts.stop_ids), len(tokens))
     print("answer:", tokenizer.decode(tokens[:end]))

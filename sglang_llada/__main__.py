@@ -72,7 +72,7 @@ def show_algorithms() -> int:
         for p in parameters:
             default = "block size" if p.default is None else p.default
             high = "block size" if p.high is None else p.high
-            print(f"  {p.name:10} {p.kind.__name__:6} default {default}, {p.low} to {high}: {p.help}")
+            print(f"  {p.name:19} {p.kind.__name__:6} default {default}, {p.low} to {high}: {p.help}")
     return 0
 
 

@@ -47,10 +47,28 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
         Parameter("threshold", float, 0.95, 0.0, 1.0, "keep every token whose probability is above this"),
         Parameter("steps", int, None, 1, None, "most denoise steps of a block"),
     ),
+    "joint_threshold": (
+        Parameter("threshold", float, 0.7, 0.0, 1.0, "keep every token whose probability is above this"),
+        Parameter("edit_threshold", float, 0.5, 0.0, 1.0, "replace a token by one whose probability is above this"),
+        Parameter("max_post_edit_steps", int, 16, 0, 1024, "most steps that edit a block with nothing open"),
+    ),
 }
 
-# What --dllm-algorithm accepts. LowConfidence is the host's name of the same rule.
-FLAGS: dict[str, str] = {"Threshold": "threshold", "LowConfidence": "threshold"}
+# Named values of LLaDA2.1; what stands beside the mode in a mapping goes before the mode's.
+MODES: dict[str, dict[str, dict[str, float]]] = {
+    "joint_threshold": {
+        "quality": {"threshold": 0.7, "edit_threshold": 0.5},
+        "speed": {"threshold": 0.5, "edit_threshold": 0.0},
+    },
+}
+
+# What --dllm-algorithm accepts: of each algorithm our own name, then the host's for the same rule.
+FLAGS: dict[str, str] = {
+    "Threshold": "threshold",
+    "LowConfidence": "threshold",
+    "TokenEditing": "joint_threshold",
+    "JointThreshold": "joint_threshold",
+}
 DEFAULT_FLAG = "Threshold"
 DEFAULT_ALGORITHM = FLAGS[DEFAULT_FLAG]
 
@@ -67,12 +85,16 @@ class DecodeConfig:
         block_size: positions of a block; a fact of the checkpoint, and the bound of steps.
         threshold: a token is kept when its probability is above (strictly) this.
         steps: most denoise steps that a block may take.
+        edit_threshold: a decided token is replaced by another whose probability is above (strictly) this.
+        max_post_edit_steps: most steps that may edit a block with nothing open.
     """
 
     algorithm: str
     block_size: int
     threshold: float
-    steps: int
+    steps: int = 1
+    edit_threshold: float = 1.0
+    max_post_edit_steps: int = 0
 
     @classmethod
     def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM) -> DecodeConfig:
@@ -81,6 +103,16 @@ class DecodeConfig:
             raise ConfigError(f"decode algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
         values: dict[str, Any] = {p.name: block_size if p.default is None else p.default for p in ALGORITHMS[algorithm]}
         return cls(algorithm, block_size, **values)
+
+    @property
+    def edits(self) -> bool:
+        """Whether decided tokens may change until their block is done."""
+        return self.algorithm != "threshold"
+
+    @property
+    def most_steps(self) -> int:
+        """The bound on a block's steps that the algorithm's docstring proves."""
+        return self.block_size + self.max_post_edit_steps + 1 if self.edits else self.steps
 
     def replaced(self, mapping: Mapping[str, Any] | None, where: str = "custom_params") -> DecodeConfig:
         """This with a user's mapping laid over it; ConfigError, beginning with `where`, if the mapping is wrong.
@@ -91,15 +123,26 @@ class DecodeConfig:
             return self
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"{where}: got {mapping!r}; needed is a mapping of names to values")
-        parameters = {p.name: p for p in ALGORITHMS[self.algorithm]}
-        unknown = [key for key in mapping if key not in parameters]
+        base, modes = self, MODES.get(self.algorithm, {})
+        if "algorithm" in mapping:
+            algorithm = one_of("algorithm", mapping["algorithm"], ALGORITHMS, where)
+            base, modes = self._switched(algorithm), MODES.get(algorithm, {})
+        parameters = {p.name: p for p in ALGORITHMS[base.algorithm]}
+        allowed = [*parameters, "algorithm", *(["mode"] if modes else [])]
+        unknown = [key for key in mapping if key not in allowed]
         if unknown:
             names = ", ".join(repr(key) for key in unknown)
-            raise ConfigError(f"{where}: unknown key {names}; allowed: {', '.join(parameters)}")
+            raise ConfigError(f"{where}: unknown key {names}; allowed: {', '.join(allowed)}")
+        named = modes[one_of("mode", mapping["mode"], modes, where)] if "mode" in mapping else {}
         values: dict[str, Any] = {
-            name: checked(value, parameters[name], self.block_size, where) for name, value in mapping.items()
+            name: checked(value, parameters[name], self.block_size, where)
+            for name, value in {**named, **mapping}.items()
+            if name in parameters
         }
-        return replace(self, **values)
+        return replace(base, **values)
+
+    def _switched(self, algorithm: str) -> DecodeConfig:
+        return self if algorithm == self.algorithm else DecodeConfig.defaults(self.block_size, algorithm)
 
 
 def read_mode(environ: Mapping[str, str]) -> Mode:
@@ -125,6 +168,13 @@ def algorithm_of_flag(flag: str) -> str:
     if flag not in FLAGS:
         raise ConfigError(f"--dllm-algorithm is {flag!r}; allowed: {', '.join(FLAGS)}")
     return FLAGS[flag]
+
+
+def one_of(key: str, value: Any, allowed: Mapping[str, Any], where: str) -> str:
+    """The value if it names one of the allowed, or ConfigError."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{where}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+    return value
 
 
 def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int:

@@ -95,7 +95,7 @@ def test_unknown_keys_are_named_with_the_allowed_ones(base: DecodeConfig) -> Non
     with pytest.raises(ConfigError) as error:
         base.replaced({"threshold": 0.5, "treshold": 0.5, "block_size": 4}, "--dllm-algorithm-config")
     assert str(error.value) == (
-        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps"
+        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps, algorithm"
     )
 
 
@@ -105,14 +105,52 @@ def test_what_is_no_mapping_is_refused(base: DecodeConfig, value: object) -> Non
         base.replaced(value)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("flag", ["Threshold", "LowConfidence"])
-def test_flag_and_its_alias_mean_one_algorithm(flag: str) -> None:
-    assert config.algorithm_of_flag(flag) == "threshold"
+@pytest.mark.parametrize(
+    ("algorithm", "flags"),
+    [("threshold", ["Threshold", "LowConfidence"]), ("joint_threshold", ["TokenEditing", "JointThreshold"])],
+)
+def test_flag_and_its_alias_mean_one_algorithm(algorithm: str, flags: list[str]) -> None:
+    assert [config.algorithm_of_flag(flag) for flag in flags] == [algorithm] * 2
+
+
+def test_a_request_may_take_another_algorithm(base: DecodeConfig) -> None:
+    editing = base.replaced({"algorithm": "joint_threshold"})
+    assert (editing.threshold, editing.edit_threshold, editing.max_post_edit_steps) == (0.7, 0.5, 16)
+    assert editing.replaced({"algorithm": "joint_threshold", "max_post_edit_steps": 3}).max_post_edit_steps == 3
+    assert editing.replaced({"algorithm": "threshold"}) == base
+
+
+def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) -> None:
+    editing = base.replaced({"algorithm": "joint_threshold", "mode": "speed"})
+    assert (editing.threshold, editing.edit_threshold) == (0.5, 0.0)
+    quick = base.replaced({"threshold": 0.6, "mode": "speed", "algorithm": "joint_threshold"})
+    assert (quick.threshold, quick.edit_threshold) == (0.6, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"mode": "speed"}, "custom_params: unknown key 'mode'; allowed: threshold, steps, algorithm"),
+        ({"algorithm": "mbe2"}, "custom_params: algorithm is 'mbe2'; allowed: threshold, joint_threshold"),
+        (
+            {"algorithm": "joint_threshold", "mode": "best"},
+            "custom_params: mode is 'best'; allowed: quality, speed",
+        ),
+        (
+            {"algorithm": "joint_threshold", "edit_threshold": 1.5},
+            "custom_params: edit_threshold is 1.5; allowed: a number from 0.0 to 1.0",
+        ),
+    ],
+)
+def test_wrong_algorithms_and_modes_are_refused(base: DecodeConfig, mapping: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        base.replaced(mapping)
+    assert str(error.value) == message
 
 
 def test_unknown_flag_names_the_allowed_ones() -> None:
-    with pytest.raises(ConfigError, match="--dllm-algorithm is 'JointThreshold'; allowed: Threshold, LowConfidence"):
-        config.algorithm_of_flag("JointThreshold")
+    with pytest.raises(ConfigError, match="--dllm-algorithm is 'Joint'; allowed: Threshold, LowConfidence, Tok"):
+        config.algorithm_of_flag("Joint")
 
 
 def test_every_flag_means_a_known_algorithm() -> None:

@@ -54,12 +54,14 @@ class Ending(enum.Enum):
 
 @dataclass(slots=True)
 class Block:
-    """The live block: 32 tokens at [start, start + T), the mask id where still open."""
+    """The live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's."""
 
     start: int
+    given: int
     tokens: list[int]
     open: list[bool]
     steps: int = 0  # decode steps made on it
+    edits: int = 0  # those of them that began with nothing open
 
 
 @dataclass(slots=True)
@@ -73,6 +75,8 @@ class Request(Generic[P]):
     params: P
     block_size: int
     mask_id: int
+    edits: bool = False  # whether what is decided may change until its block is done
+    most_steps: int | None = None  # the decode's bound on steps of a block; None: one for each position
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
@@ -104,21 +108,26 @@ class Request(Generic[P]):
             raise IntegrityError(f"{self.rid}: filled to {self.filled}, past the live block at {self.block.start}")
         self._catch_up()
 
-    def decide(self, tokens: list[int], still_open: list[bool]) -> int:
+    def decide(self, tokens: list[int], still_open: list[bool], done: bool) -> int:
         """Take a step's decisions for the live block; returns how many tokens it committed.
 
-        Commits the decided run after the tokens known so far. A stop token or the last allowed token in that run
-        completes the answer (DONE). A block with nothing open makes way for the next one.
+        Commits the decided run after the tokens known so far; where that may still change, nothing before the block is
+        done. A stop token or the last allowed token in that run completes the answer (DONE). A block that is done makes
+        way for the next one. If its last step changed nothing, that step's forward has written its final KV.
 
         Raises:
-            IntegrityError: the step decided nothing, or changed a given position.
+            IntegrityError: the step changed a fixed position, decided nothing, or was one too many.
         """
         self._expect("decide", Phase.DECODING)
         block = self.block
-        self._check_step(tokens, still_open)
+        self._check_step(tokens, still_open, done)
+        unchanged = tokens == block.tokens and still_open == block.open
+        block.edits += not any(block.open)
         block.tokens, block.open = tokens, still_open
         block.steps += 1
         self.steps_per_block[-1] = block.steps
+        if self.edits and not done:
+            return 0
         before = len(self.output)
         for i in range(self.known - block.start, self.block_size):
             if still_open[i]:
@@ -131,6 +140,8 @@ class Request(Generic[P]):
                 self.end(Ending.LENGTH)
                 return len(self.output) - before
         self._open_block()
+        if unchanged:
+            self.filled = self.block.start
         return len(self.output) - before
 
     def retract(self) -> None:
@@ -209,17 +220,24 @@ class Request(Generic[P]):
         start = self.known // self.block_size * self.block_size
         given = list(self.prompt[start:]) if start < len(self.prompt) else []
         holes = self.block_size - len(given)
-        self.block = Block(start, given + [self.mask_id] * holes, [False] * len(given) + [True] * holes)
+        tokens, is_open = given + [self.mask_id] * holes, [False] * len(given) + [True] * holes
+        self.block = Block(start, len(given), tokens, is_open)
         self.steps_per_block.append(0)
 
-    def _check_step(self, tokens: list[int], still_open: list[bool]) -> None:
+    def _check_step(self, tokens: list[int], still_open: list[bool], done: bool) -> None:
         was = self.block.open
-        kept = all(o or (t == old) for t, old, o in zip(tokens, self.block.tokens, was, strict=True))
+        changed = [i for i, (t, old) in enumerate(zip(tokens, self.block.tokens, strict=True)) if t != old]
+        kept = all(was[i] or (self.edits and i >= self.block.given) for i in changed)
         closed_only = all(before or not now for now, before in zip(still_open, was, strict=True))
         if not kept or not closed_only:
             raise IntegrityError(f"{self.rid}: a step changed a fixed position of the block at {self.block.start}")
-        if sum(still_open) == sum(was):
+        if any(was) and sum(still_open) == sum(was):
             raise IntegrityError(f"{self.rid}: a step decided nothing in the block at {self.block.start}")
+        if done and any(still_open):
+            raise IntegrityError(f"{self.rid}: the block at {self.block.start} is done with open positions")
+        bound = self.block_size if self.most_steps is None else self.most_steps
+        if self.block.steps + 1 + (not done) > bound:
+            raise IntegrityError(f"{self.rid}: more than {bound} steps on the block at {self.block.start}")
 
     def _expect(self, move: str, *phases: Phase) -> None:
         if self.phase not in phases:

@@ -5,9 +5,10 @@ Adding an algorithm is one file and one line in ALGORITHMS.
 
 from __future__ import annotations
 
-from sglang_llada.decode import threshold
+from sglang_llada.decode import joint_threshold, threshold
 from sglang_llada.decode.contract import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "threshold": Algorithm(step=threshold.step, source="LLaDA2.0"),
+    "joint_threshold": Algorithm(step=joint_threshold.step, source="LLaDA2.1"),
 }

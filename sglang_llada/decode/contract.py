@@ -18,16 +18,18 @@ class BlockRows:
     """The live blocks of a step.
 
     ids: int64 [R, T], the mask id at open positions.
-    open: bool [R, T], positions that may be decided. The others are fixed here: given or decided.
+    open: bool [R, T], positions that may be decided.
+    editable: bool [R, T], positions decided in this block that may be replaced. All others are fixed.
     """
 
     ids: Tensor
     open: Tensor
+    editable: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the network says of each position; only open positions mean anything.
+    """What the network says of each position; only open and editable positions mean anything.
 
     token: int64 [R, T], the best token that is not the mask (of equals the lowest id).
     prob: fp32 [R, T], its softmax probability over the full vocabulary.
@@ -39,22 +41,25 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What an algorithm carries from step to step of a block; step: int64 [R], steps made so far."""
+    """What is carried from step to step of a block, int64 [R]: steps made so far, those of them with nothing open."""
 
     step: Tensor
+    edits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """Per-row parameters; threshold: fp32 [R]; steps: int64 [R], steps that a block may take at most."""
+    """Per-row parameters, fp32 and int64 [R], as config.DecodeConfig has them."""
 
     threshold: Tensor
     steps: Tensor
+    edit_threshold: Tensor
+    max_post_edit_steps: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepOut:
-    """ids int64 [R, T] and open bool [R, T] after the step; state for the next one; done bool [R]: nothing open."""
+    """ids int64 [R, T] and open bool [R, T] after the step; state for the next one; done bool [R]: no step follows."""
 
     ids: Tensor
     open: Tensor

@@ -25,7 +25,7 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
     return StepOut(
         ids=torch.where(chosen, scores.token, block.ids),
         open=still_open,
-        state=State(step=state.step + 1),
+        state=State(step=state.step + 1, edits=state.edits),
         done=~still_open.any(-1),
     )
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from sglang_llada.blocks import Plan, Request, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut
-from sglang_llada.decode.decide import decide, idle, record
-from sglang_llada.host.arguments import decode_config
+from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, record
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +46,22 @@ class Decision:
     request: Request[DecodeConfig]
     tokens: list[int] | None
     open: list[bool]
+    done: bool
 
 
 class Decider:
-    """Decisions from a model's hidden states, as the server's algorithm takes them."""
+    """Decisions from a model's hidden states."""
 
     def __init__(self, model_runner: Any) -> None:
         config = DllmConfig.from_server_args(model_runner.server_args)
         self.model = model_runner.model
         self.mask_id: int = config.mask_id
         self.block_size: int = config.block_size
-        self.algorithm = decode_config(config).algorithm
 
     def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
         """As decide()."""
         head, exchange = self.model.head, self.model.exchange
-        return decide(
-            hidden, ids, table, count, head=head, exchange=exchange, mask_id=self.mask_id, algorithm=self.algorithm
-        )
+        return decide(hidden, ids, table, count, head=head, exchange=exchange, mask_id=self.mask_id)
 
 
 class Executor:
@@ -101,7 +98,7 @@ class Executor:
         elif output.can_run_graph:
             decided = output.logits_output.decided
         else:
-            count = sum(sum(row.request.block.open) for row in denoise)
+            count = int(sum(sum(map(bool, marks(row.request))) for row in denoise))
             decided = self.decide(output.logits_output.hidden_states, ids, table, count)
         return InFlight(plan, decided, output.can_run_graph)
 
@@ -111,12 +108,16 @@ class Executor:
             return []
         out = launched.decided
         denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
-        ids, still_open = torch.stack((out.ids, out.open.long())).cpu()[:, denoise].tolist()
+        T = self.block_size
+        read = torch.cat((out.ids, out.open.long(), out.done.long()[:, None]), dim=-1).cpu()[denoise].tolist()
         return [
             Decision(
-                launched.plan.rows[i].request, None if min(tokens) < 0 else tokens, [bool(is_open) for is_open in opens]
+                request=launched.plan.rows[i].request,
+                tokens=None if row[0] < 0 else row[:T],
+                open=[bool(is_open) for is_open in row[T : 2 * T]],
+                done=bool(row[2 * T]),
             )
-            for i, tokens, opens in zip(denoise, ids, still_open, strict=True)
+            for i, row in zip(denoise, read, strict=True)
         ]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class Executor:
             flat += request.tokens_at(row.start)
             flat += (slot, row.start)
             if row.kind is RowKind.DENOISE:
-                flat += record(request.block.open, request.block.steps, request.params)
+                flat += record(marks(request), request.block.steps, request.block.edits, request.params)
             else:
                 flat += self.idle
         T = self.block_size
@@ -181,3 +182,9 @@ class Executor:
         self.runner.kv_index_translator.bind_own_plan(batch)
         batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
         return batch
+
+
+def marks(request: Request[DecodeConfig]) -> list[int]:
+    """What a step may do with each position of the live block."""
+    block, decided = request.block, EDITABLE if request.edits else FIXED
+    return [FIXED if i < block.given else OPEN if is_open else decided for i, is_open in enumerate(block.open)]

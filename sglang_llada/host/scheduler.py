@@ -134,7 +134,7 @@ class LladaScheduler(Scheduler):
                     "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
                 continue
-            decision.request.decide(decision.tokens, decision.open)
+            decision.request.decide(decision.tokens, decision.open, decision.done)
             self.unbooked.append(decision)
 
     def _launch(self) -> bool:
@@ -267,12 +267,15 @@ class LladaScheduler(Scheduler):
             set_time_batch(reqs, "set_forward_entry_time")
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
+        params = decode_params(req, self.defaults)
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
             max_new_tokens=req.sampling_params.max_new_tokens,
             stop_ids=stop_ids(req),
-            params=decode_params(req, self.defaults),
+            params=params,
+            edits=params.edits,
+            most_steps=params.most_steps,
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,
         )

@@ -27,7 +27,7 @@ def step(table: Table, budget: int = 100) -> None:
     table.advance(plan)
     for row in plan.of(DENOISE):
         tokens = [7 if t == MASK else t for t in row.request.block.tokens]
-        row.request.decide(tokens, [False] * T)
+        row.request.decide(tokens, [False] * T, True)
 
 
 def test_a_long_prompt_and_its_first_decode_step_are_one_forward() -> None:

@@ -19,7 +19,7 @@ def make(prompt: int = 6, max_new_tokens: int = 20, stops: frozenset[int] = froz
 def decide(request: Request[None], *tokens: int) -> int:
     """Decide the whole live block, given positions kept, the open ones as `tokens` says."""
     given = [t for t, o in zip(request.block.tokens, request.block.open, strict=True) if not o]
-    return request.decide(given + list(tokens), [False] * T)
+    return request.decide(given + list(tokens), [False] * T, True)
 
 
 def in_phase(phase: Phase) -> Request[None]:
@@ -72,17 +72,17 @@ def test_the_live_block_starts_at_the_last_block_border(prompt: int, start: int)
 
 def test_tokens_commit_once_everything_before_them_is_decided() -> None:
     request = in_phase(Phase.DECODING)
-    assert request.decide([7, 7, MASK, 9], [False, False, True, False]) == 0
-    assert request.decide([7, 7, 8, 9], [False] * T) == 2
+    assert request.decide([7, 7, MASK, 9], [False, False, True, False], False) == 0
+    assert request.decide([7, 7, 8, 9], [False] * T, True) == 2
     assert request.output == [8, 9]
     assert request.steps_per_block == [2, 0]
 
 
 def test_a_stop_behind_a_hole_does_not_end_the_answer() -> None:
     request = in_phase(Phase.DECODING)
-    request.decide([7, 7, MASK, EOS], [False, False, True, False])
+    request.decide([7, 7, MASK, EOS], [False, False, True, False], False)
     assert request.phase is Phase.DECODING and request.output == []
-    request.decide([7, 7, 8, EOS], [False] * T)
+    request.decide([7, 7, 8, EOS], [False] * T, True)
     assert (request.ending, request.output) == (Ending.STOP, [8, EOS])
 
 
@@ -102,7 +102,7 @@ def test_a_stop_at_the_limit_is_a_stop() -> None:
 def test_the_limit_ends_inside_a_block_with_holes_behind_it() -> None:
     request = make(max_new_tokens=1)
     request.admit(4)
-    assert request.decide([7, 7, 8, MASK], [False, False, False, True]) == 1
+    assert request.decide([7, 7, 8, MASK], [False, False, False, True], False) == 1
     assert request.ending is Ending.LENGTH
 
 
@@ -134,12 +134,12 @@ def test_a_step_must_decide_something_and_nothing_that_is_fixed(
     tokens: list[int], still_open: list[bool], why: str
 ) -> None:
     with pytest.raises(IntegrityError, match=why):
-        in_phase(Phase.DECODING).decide(tokens, still_open)
+        in_phase(Phase.DECODING).decide(tokens, still_open, not any(still_open))
 
 
 def test_retraction_keeps_the_live_blocks_decisions() -> None:
     request = in_phase(Phase.DECODING)
-    request.decide([7, 7, MASK, 9], [False, False, True, False])
+    request.decide([7, 7, MASK, 9], [False, False, True, False], False)
     request.retract()
     request.admit(0)
     request.fill(1)

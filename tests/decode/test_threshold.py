@@ -13,6 +13,10 @@ from sglang_llada.llada2.reference import quota
 MASK = 9
 
 
+def params(at: torch.Tensor, steps: torch.Tensor) -> Params:
+    return Params(at, steps, edit_threshold=torch.zeros_like(at), max_post_edit_steps=torch.full_like(steps, 16))
+
+
 def decide(
     probs: list[float], *, open_: list[bool] | None = None, at: float = 0.9, steps: int | None = None, done: int = 0
 ) -> list[int]:
@@ -20,10 +24,10 @@ def decide(
     size = len(probs)
     is_open = torch.tensor([open_ or [True] * size])
     out = threshold.step(
-        BlockRows(torch.full((1, size), MASK), is_open),
+        BlockRows(torch.full((1, size), MASK), is_open, ~is_open),
         Scores(torch.arange(size)[None], torch.tensor([probs])),
-        State(torch.tensor([done])),
-        Params(torch.tensor([at]), torch.tensor([steps or size])),
+        State(torch.tensor([done]), torch.zeros(1, dtype=torch.long)),
+        params(torch.tensor([at]), torch.tensor([steps or size])),
     )
     changed = (out.open != is_open)[0].nonzero().flatten().tolist()
     assert out.ids[0].tolist() == [i if i in changed else MASK for i in range(size)]
@@ -80,7 +84,8 @@ def test_random_rows_equal_the_reference_rule_and_do_not_depend_on_their_neighbo
     at = torch.tensor([rng.choice([0.0, 20 / 39, 0.95, 1.0]) for _ in range(rows)])
     steps = torch.tensor([rng.choice([1, 2, 5, 16, 31, 32]) for _ in range(rows)])
     made = torch.tensor([rng.randrange(32) for _ in range(rows)])
-    arguments = (BlockRows(ids, is_open), Scores(token, prob), State(made), Params(at, steps))
+    nothing = torch.zeros(rows, dtype=torch.long)
+    arguments = (BlockRows(ids, is_open, ~is_open), Scores(token, prob), State(made, nothing), params(at, steps))
     before = [t.clone() for t in (ids, is_open, token, prob, made, at, steps)]
     out = threshold.step(*arguments)
     assert all(map(torch.equal, before, (ids, is_open, token, prob, made, at, steps))), "an argument was changed"
@@ -96,9 +101,9 @@ def test_random_rows_equal_the_reference_rule_and_do_not_depend_on_their_neighbo
         assert not candidates or chosen
     order = torch.randperm(rows)
     alone = threshold.step(
-        BlockRows(ids[order], is_open[order]),
+        BlockRows(ids[order], is_open[order], ~is_open[order]),
         Scores(token[order], prob[order]),
-        State(made[order]),
-        Params(at[order], steps[order]),
+        State(made[order], nothing),
+        params(at[order], steps[order]),
     )
     assert torch.equal(alone.ids, out.ids[order]) and torch.equal(alone.open, out.open[order])

@@ -187,7 +187,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
 
     def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
-        return decide(hidden, ids, table, count, head=head, mask_id=9, algorithm="threshold")
+        return decide(hidden, ids, table, count, head=head, mask_id=9)
 
     decider.block_size = T  # type: ignore[attr-defined]
     runner = SimpleNamespace(
