@@ -193,13 +193,14 @@ def test_what_the_user_sets_stays(arguments: Any, llada2: str) -> None:
     )
 
 
-def test_stock_name_of_our_rule_is_an_alias(arguments: Any, llada2: str) -> None:
-    assert filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm="LowConfidence").dllm_algorithm == "Threshold"
+@pytest.mark.parametrize(("stock", "ours"), [("LowConfidence", "Threshold"), ("JointThreshold", "TokenEditing")])
+def test_stock_name_of_our_rule_is_an_alias(arguments: Any, llada2: str, stock: str, ours: str) -> None:
+    assert filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm=stock).dllm_algorithm == ours
 
 
 def test_other_algorithms_are_refused(arguments: Any, llada2: str) -> None:
-    with pytest.raises(ConfigError, match="'JointThreshold'; allowed: Threshold, LowConfidence"):
-        filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm="JointThreshold")
+    with pytest.raises(ConfigError, match="'Uniform'; allowed: Threshold, LowConfidence"):
+        filled(arguments, Mode.ON, model_path=llada2, dllm_algorithm="Uniform")
 
 
 def test_page_size_must_be_the_block_size(arguments: Any, llada2: str) -> None:
