@@ -57,6 +57,8 @@ class Llada2Config(PretrainedConfig):
         routed_scaling_factor: float = 2.5,
         expert_capacity: int | None = None,
         block_size: int = 32,
+        delete_token_id: int | None = None,
+        split_token_id: int | None = None,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -89,6 +91,8 @@ class Llada2Config(PretrainedConfig):
         self.routed_scaling_factor = routed_scaling_factor
         self.expert_capacity = expert_capacity
         self.block_size = block_size
+        self.delete_token_id = delete_token_id
+        self.split_token_id = split_token_id
         check_rope(
             rope_scaling or kwargs.get("rope_parameters")
         )  # first: transformers raises KeyError for half a scaling
