@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State
+from sglang_llada.decode.contract import BlockRows, Params, Scores, State, Tokens
 from sglang_llada.decode.select import best
 from sglang_llada.decode.threshold import step
 from sglang_llada.llada2.checkpoint import read_facts
@@ -66,6 +66,8 @@ def main() -> None:
         steps=torch.tensor([facts.block_size]),
         edit_threshold=torch.ones(1),
         max_post_edit_steps=torch.zeros(1, dtype=torch.int64),
+        cumulative_budget=torch.zeros(1, dtype=torch.bool),
+        tokens=Tokens(facts.mask_id),
     )
     tokens = decode_block(load_reference(args.checkpoint), tokenizer, prompt, facts.mask_id, params)
     end = next((i for i, token in enumerate(tokens) if token in facts.stop_ids), len(tokens))

@@ -8,6 +8,7 @@ value and what is allowed.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One number that a decode algorithm takes; a value is allowed if low <= value <= high.
+    """One value that a decode algorithm takes; a number is allowed if low <= value <= high.
 
     Attributes:
         default: None means the block size.
@@ -35,7 +36,7 @@ class Parameter:
     """
 
     name: str
-    kind: type[int] | type[float]
+    kind: type[int] | type[float] | type[bool]
     default: float | int | None
     low: float | int
     high: float | int | None
@@ -52,6 +53,13 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
         Parameter("edit_threshold", float, 0.5, 0.0, 1.0, "replace a token by one whose probability is above this"),
         Parameter("max_post_edit_steps", int, 16, 0, 1024, "most steps that edit a block with nothing open"),
     ),
+    "levenshtein": (
+        Parameter("threshold", float, 0.5, 0.0, 1.0, "keep every token whose probability is above this"),
+        Parameter("edit_threshold", float, 0.0, 0.0, 1.0, "replace a token by one whose probability is above this"),
+        Parameter("steps", int, None, 1, None, "steps over which a block's first holes are scheduled"),
+        Parameter("max_post_edit_steps", int, 16, 0, 1024, "most steps that edit a block without original holes"),
+        Parameter("cumulative_budget", bool, False, 0, 1, "count post-edit steps over the whole block, never again"),
+    ),
 }
 
 # Named values of LLaDA2.1; what stands beside the mode in a mapping goes before the mode's.
@@ -62,15 +70,19 @@ MODES: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 
+NEED_INDEL = {"levenshtein"}  # DELETE and SPLIT, which only some checkpoints have
+
 # What --dllm-algorithm accepts: of each algorithm our own name, then the host's for the same rule.
 FLAGS: dict[str, str] = {
     "Threshold": "threshold",
     "LowConfidence": "threshold",
     "TokenEditing": "joint_threshold",
     "JointThreshold": "joint_threshold",
+    "Levenshtein": "levenshtein",
+    "JointThresholdInDel": "levenshtein",
 }
-DEFAULT_FLAG = "Threshold"
-DEFAULT_ALGORITHM = FLAGS[DEFAULT_FLAG]
+DEFAULT_ALGORITHM = "threshold"
+RELEASE = re.compile(r"llada[-_.]?2\.(\d)", re.IGNORECASE)
 
 # The host's own default for diffusion models is 1, which serves one request at a time.
 DEFAULT_MAX_RUNNING_REQUESTS = 64
@@ -87,6 +99,8 @@ class DecodeConfig:
         steps: most denoise steps that a block may take.
         edit_threshold: a decided token is replaced by another whose probability is above (strictly) this.
         max_post_edit_steps: most steps that may edit a block with nothing open.
+        indel: whether the checkpoint has DELETE and SPLIT.
+        cumulative_budget: whether those are counted over the whole block, though holes may have come back.
     """
 
     algorithm: str
@@ -95,19 +109,31 @@ class DecodeConfig:
     steps: int = 1
     edit_threshold: float = 1.0
     max_post_edit_steps: int = 0
+    cumulative_budget: bool = False
+    indel: bool = False
 
     @classmethod
-    def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM) -> DecodeConfig:
+    def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM, *, indel: bool = False) -> DecodeConfig:
         """What an algorithm does when nobody sets anything."""
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"decode algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        if algorithm in NEED_INDEL and not indel:
+            raise ConfigError(
+                f"decode algorithm is {algorithm!r}, for which the checkpoint's config.json must have delete_token_id "
+                f"and split_token_id; allowed: {', '.join(name for name in ALGORITHMS if name not in NEED_INDEL)}"
+            )
         values: dict[str, Any] = {p.name: block_size if p.default is None else p.default for p in ALGORITHMS[algorithm]}
-        return cls(algorithm, block_size, **values)
+        return cls(algorithm, block_size, indel=indel, **values)
 
     @property
     def edits(self) -> bool:
         """Whether decided tokens may change until their block is done."""
         return self.algorithm != "threshold"
+
+    @property
+    def reopens(self) -> bool:
+        """Whether decided tokens may become open again."""
+        return self.algorithm == "levenshtein"
 
     @property
     def most_steps(self) -> int:
@@ -126,7 +152,10 @@ class DecodeConfig:
         base, modes = self, MODES.get(self.algorithm, {})
         if "algorithm" in mapping:
             algorithm = one_of("algorithm", mapping["algorithm"], ALGORITHMS, where)
-            base, modes = self._switched(algorithm), MODES.get(algorithm, {})
+            try:
+                base, modes = self._switched(algorithm), MODES.get(algorithm, {})
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
         parameters = {p.name: p for p in ALGORITHMS[base.algorithm]}
         allowed = [*parameters, "algorithm", *(["mode"] if modes else [])]
         unknown = [key for key in mapping if key not in allowed]
@@ -142,7 +171,9 @@ class DecodeConfig:
         return replace(base, **values)
 
     def _switched(self, algorithm: str) -> DecodeConfig:
-        return self if algorithm == self.algorithm else DecodeConfig.defaults(self.block_size, algorithm)
+        return (
+            self if algorithm == self.algorithm else DecodeConfig.defaults(self.block_size, algorithm, indel=self.indel)
+        )
 
 
 def read_mode(environ: Mapping[str, str]) -> Mode:
@@ -163,6 +194,18 @@ def read_replay(environ: Mapping[str, str]) -> bool:
     return value == "1"
 
 
+def flag_of_checkpoint(name: str, *, indel: bool) -> str:
+    """The --dllm-algorithm of a checkpoint when nobody says: by what it declares, then by its name, then as 2.0."""
+    releases = RELEASE.findall(name)
+    edits = bool(releases) and int(releases[-1]) >= 1
+    return flag_of("levenshtein" if indel else "joint_threshold" if edits else DEFAULT_ALGORITHM)
+
+
+def flag_of(algorithm: str) -> str:
+    """Our own value of --dllm-algorithm for an algorithm."""
+    return next(flag for flag in FLAGS if FLAGS[flag] == algorithm)
+
+
 def algorithm_of_flag(flag: str) -> str:
     """The algorithm that a value of --dllm-algorithm means."""
     if flag not in FLAGS:
@@ -177,8 +220,12 @@ def one_of(key: str, value: Any, allowed: Mapping[str, Any], where: str) -> str:
     return value
 
 
-def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int:
+def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int | bool:
     """The value as the parameter's kind, or ConfigError. An integer is a fine float; a bool is no number."""
+    if parameter.kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}: {parameter.name} is {value!r}; allowed: true or false")
+        return value
     high = block_size if parameter.high is None else parameter.high
     accepted = (int, float) if parameter.kind is float else (int,)
     # NaN fails the comparison.

@@ -46,7 +46,7 @@ def test_unknown_algorithm_is_refused() -> None:
 
 def test_every_algorithm_has_defaults_within_its_ranges() -> None:
     for algorithm, parameters in config.ALGORITHMS.items():
-        made = DecodeConfig.defaults(T, algorithm)
+        made = DecodeConfig.defaults(T, algorithm, indel=True)
         assert made.replaced({p.name: getattr(made, p.name) for p in parameters}) == made
         assert made.steps <= T  # progress: a bound on the steps of a block
 
@@ -107,10 +107,39 @@ def test_what_is_no_mapping_is_refused(base: DecodeConfig, value: object) -> Non
 
 @pytest.mark.parametrize(
     ("algorithm", "flags"),
-    [("threshold", ["Threshold", "LowConfidence"]), ("joint_threshold", ["TokenEditing", "JointThreshold"])],
+    [
+        ("threshold", ["Threshold", "LowConfidence"]),
+        ("joint_threshold", ["TokenEditing", "JointThreshold"]),
+        ("levenshtein", ["Levenshtein", "JointThresholdInDel"]),
+    ],
 )
 def test_flag_and_its_alias_mean_one_algorithm(algorithm: str, flags: list[str]) -> None:
     assert [config.algorithm_of_flag(flag) for flag in flags] == [algorithm] * 2
+    assert config.flag_of(algorithm) == flags[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "indel", "flag"),
+    [
+        ("inclusionAI/LLaDA2.0-flash", False, "Threshold"),
+        ("inclusionAI/LLaDA2.1-mini", False, "TokenEditing"),
+        ("/models/models--inclusionAI--LLaDA2.1-flash/snapshots/0a1b", False, "TokenEditing"),
+        ("/llada2.1/tiny-llada2.0", False, "Threshold"),  # the last name counts
+        ("inclusionAI/LLaDA2.2-flash", False, "TokenEditing"),  # nearest to what it can do without its two tokens
+        ("inclusionAI/LLaDA2.2-flash", True, "Levenshtein"),
+        ("/models/mine", True, "Levenshtein"),
+        ("/models/mine", False, "Threshold"),
+    ],
+)
+def test_a_checkpoint_says_how_it_is_decoded(name: str, indel: bool, flag: str) -> None:
+    assert config.flag_of_checkpoint(name, indel=indel) == flag
+
+
+def test_a_flag_of_the_budget_is_true_or_false() -> None:
+    base = DecodeConfig.defaults(T, "levenshtein", indel=True)
+    assert base.replaced({"cumulative_budget": True}).cumulative_budget is True
+    with pytest.raises(ConfigError, match="cumulative_budget is 1; allowed: true or false"):
+        base.replaced({"cumulative_budget": 1})
 
 
 def test_a_request_may_take_another_algorithm(base: DecodeConfig) -> None:
@@ -131,7 +160,12 @@ def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) ->
     ("mapping", "message"),
     [
         ({"mode": "speed"}, "custom_params: unknown key 'mode'; allowed: threshold, steps, algorithm"),
-        ({"algorithm": "mbe2"}, "custom_params: algorithm is 'mbe2'; allowed: threshold, joint_threshold"),
+        ({"algorithm": "mbe2"}, "custom_params: algorithm is 'mbe2'; allowed: threshold, joint_threshold, levenshtein"),
+        (
+            {"algorithm": "levenshtein"},
+            "custom_params: decode algorithm is 'levenshtein', for which the checkpoint's config.json must have "
+            "delete_token_id and split_token_id; allowed: threshold, joint_threshold",
+        ),
         (
             {"algorithm": "joint_threshold", "mode": "best"},
             "custom_params: mode is 'best'; allowed: quality, speed",
@@ -155,7 +189,6 @@ def test_unknown_flag_names_the_allowed_ones() -> None:
 
 def test_every_flag_means_a_known_algorithm() -> None:
     assert set(config.FLAGS.values()) <= set(config.ALGORITHMS)
-    assert config.DEFAULT_FLAG in config.FLAGS
 
 
 def test_every_decode_rule_has_parameters_and_the_other_way_round() -> None:

@@ -60,8 +60,8 @@ class Block:
     given: int
     tokens: list[int]
     open: list[bool]
+    state: Sequence[int]  # what the decode carries from step to step; only kept here
     steps: int = 0  # decode steps made on it
-    edits: int = 0  # those of them that began with nothing open
 
 
 @dataclass(slots=True)
@@ -75,7 +75,9 @@ class Request(Generic[P]):
     params: P
     block_size: int
     mask_id: int
+    fresh: Sequence[int] = ()  # the state of a block that no step has seen
     edits: bool = False  # whether what is decided may change until its block is done
+    reopens: bool = False  # whether it may even become open again
     most_steps: int | None = None  # the decode's bound on steps of a block; None: one for each position
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
@@ -108,7 +110,7 @@ class Request(Generic[P]):
             raise IntegrityError(f"{self.rid}: filled to {self.filled}, past the live block at {self.block.start}")
         self._catch_up()
 
-    def decide(self, tokens: list[int], still_open: list[bool], done: bool) -> int:
+    def decide(self, tokens: list[int], still_open: list[bool], done: bool, state: Sequence[int] = ()) -> int:
         """Take a step's decisions for the live block; returns how many tokens it committed.
 
         Commits the decided run after the tokens known so far; where that may still change, nothing before the block is
@@ -122,8 +124,7 @@ class Request(Generic[P]):
         block = self.block
         self._check_step(tokens, still_open, done)
         unchanged = tokens == block.tokens and still_open == block.open
-        block.edits += not any(block.open)
-        block.tokens, block.open = tokens, still_open
+        block.tokens, block.open, block.state = tokens, still_open, state
         block.steps += 1
         self.steps_per_block[-1] = block.steps
         if self.edits and not done:
@@ -221,7 +222,7 @@ class Request(Generic[P]):
         given = list(self.prompt[start:]) if start < len(self.prompt) else []
         holes = self.block_size - len(given)
         tokens, is_open = given + [self.mask_id] * holes, [False] * len(given) + [True] * holes
-        self.block = Block(start, len(given), tokens, is_open)
+        self.block = Block(start, len(given), tokens, is_open, self.fresh)
         self.steps_per_block.append(0)
 
     def _check_step(self, tokens: list[int], still_open: list[bool], done: bool) -> None:
@@ -229,9 +230,9 @@ class Request(Generic[P]):
         changed = [i for i, (t, old) in enumerate(zip(tokens, self.block.tokens, strict=True)) if t != old]
         kept = all(was[i] or (self.edits and i >= self.block.given) for i in changed)
         closed_only = all(before or not now for now, before in zip(still_open, was, strict=True))
-        if not kept or not closed_only:
+        if not kept or not (closed_only or (self.reopens and not any(still_open[: self.block.given]))):
             raise IntegrityError(f"{self.rid}: a step changed a fixed position of the block at {self.block.start}")
-        if any(was) and sum(still_open) == sum(was):
+        if any(was) and sum(still_open) == sum(was) and not self.reopens:
             raise IntegrityError(f"{self.rid}: a step decided nothing in the block at {self.block.start}")
         if done and any(still_open):
             raise IntegrityError(f"{self.rid}: the block at {self.block.start} is done with open positions")

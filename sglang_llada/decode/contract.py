@@ -1,8 +1,8 @@
 """The step contract: what every algorithm is given and gives back.
 
 `step(block, scores, state, params) -> StepOut` has tensors with a leading row dimension in and new tensors out. It
-changes no argument, treats rows independently of each other, reads nothing back to the host, and decides at least one
-open position of every row that has one. Fixed positions keep their token, also when that token is the mask id.
+changes no argument, treats rows independently of each other, reads nothing back to the host, and keeps the bound on a
+block's steps that its file proves. Fixed positions keep their token, also when that token is the mask id.
 """
 
 from __future__ import annotations
@@ -33,28 +33,53 @@ class Scores:
 
     token: int64 [R, T], the best token that is not the mask (of equals the lowest id).
     prob: fp32 [R, T], its softmax probability over the full vocabulary.
+    candidates: int64 [R, T, K], the best tokens, the mask included, best first; None where no algorithm asks for them.
+    chances: fp32 [R, T, K], their probabilities.
     """
 
     token: Tensor
     prob: Tensor
+    candidates: Tensor | None = None
+    chances: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is carried from step to step of a block, int64 [R]: steps made so far, those of them with nothing open."""
+    """What is carried from step to step of a block.
+
+    step: int64 [R], steps made so far. edits: int64 [R], the post-edit steps counted so far.
+    memory: int64 [R, M], what an algorithm remembers in a layout of its own, -1 all over in a fresh block.
+    """
 
     step: Tensor
     edits: Tensor
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids that mean something to a step; delete and split are -1 where the checkpoint has none."""
+
+    mask: int
+    delete: int = -1
+    split: int = -1
+
+    @property
+    def indel(self) -> bool:
+        """Whether the checkpoint inserts and deletes."""
+        return self.delete >= 0
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """Per-row parameters, fp32 and int64 [R], as config.DecodeConfig has them."""
+    """Per-row parameters, fp32, int64 and bool [R], as config.DecodeConfig has them; the checkpoint's tokens."""
 
     threshold: Tensor
     steps: Tensor
     edit_threshold: Tensor
     max_post_edit_steps: Tensor
+    cumulative_budget: Tensor
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +97,8 @@ Step = Callable[[BlockRows, Scores, State, Params], StepOut]
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """A registered algorithm: its step and the report that defines it."""
+    """A registered algorithm: its step and the report that defines it; whether it needs DELETE and SPLIT."""
 
     step: Step
     source: str
+    indel: bool = False

@@ -1,8 +1,8 @@
 """The tensor part of a step, from hidden states to decisions: the same code eagerly and inside a CUDA graph.
 
 What a step must know of each row stands in one int64 table, so that one copy takes it to the device and a graph reads
-it in one place. A row's record is a mark per position (FIXED, OPEN or EDITABLE), its algorithm, the state of its block
-and its parameters; floats are kept as the bits of a float64. Rows that decide nothing (FILL, SEAL, padding) have the
+it in one place. A row's record is a mark per position (FIXED, OPEN or EDITABLE), its algorithm, its parameters and the
+state of its block; floats are kept as the bits of a float64. Rows that decide nothing (FILL, SEAL, padding) have the
 idle record. Every algorithm steps over all rows, and each row takes what its own says: no row waits for another's kind.
 """
 
@@ -16,42 +16,58 @@ import torch
 from torch import Tensor
 
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode import ALGORITHMS
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
-from sglang_llada.decode.select import Exchange, Head, select
+from sglang_llada.decode import ALGORITHMS, levenshtein
+from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
+from sglang_llada.decode.select import Best, Exchange, Head, select
 
 FIXED, OPEN, EDITABLE = range(3)
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
 
-# Of a record, after its T marks.
+# Of a record, after its T marks and before the memory of its block.
 STATE = ("step", "edits")
-NUMBERS = ("steps", "max_post_edit_steps")
+NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
 COLUMNS = ("algorithm", *STATE, *NUMBERS, *FLOATS)
 
 
-def record(marks: Sequence[int], step: int, edits: int, params: DecodeConfig) -> list[int]:
+def fresh(block_size: int, tokens: Tokens) -> list[int]:
+    """The state of a block that no step has seen, as it goes through records and comes back from steps."""
+    return [0] * len(STATE) + [-1] * (levenshtein.memory_size(block_size) if tokens.indel else 0)
+
+
+def record(marks: Sequence[int], state: Sequence[int], params: DecodeConfig) -> list[int]:
     """The record of a DENOISE row."""
-    numbers = [getattr(params, name) for name in NUMBERS]
-    return [*marks, CODES[params.algorithm], step, edits, *numbers, *(bits(getattr(params, name)) for name in FLOATS)]
+    numbers = [int(getattr(params, name)) for name in NUMBERS]
+    floats = [bits(getattr(params, name)) for name in FLOATS]
+    known = len(STATE)
+    return [*marks, CODES[params.algorithm], *state[:known], *numbers, *floats, *state[known:]]
 
 
-def idle(block_size: int) -> list[int]:
+def idle(block_size: int, tokens: Tokens) -> list[int]:
     """The record of a row that decides nothing."""
-    return record([FIXED] * block_size, 0, 0, DecodeConfig.defaults(block_size))
+    return record([FIXED] * block_size, fresh(block_size, tokens), DecodeConfig.defaults(block_size))
 
 
-def unpack(ids: Tensor, table: Tensor) -> tuple[BlockRows, State, Params, Tensor]:
-    """A step's arguments and each row's algorithm [R]: ids [R * T] of the forward, table [R, T + columns]."""
-    T = table.shape[1] - len(COLUMNS)
-    marks, column = table[:, :T], dict(zip(COLUMNS, table[:, T:].unbind(-1), strict=True))
+def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple[BlockRows, State, Params, Tensor]:
+    """A step's arguments and each row's algorithm [R]: ids [R * T] of the forward, table [R, width of a record]."""
+    T, known = block_size, block_size + len(COLUMNS)
+    marks, column = table[:, :T], dict(zip(COLUMNS, table[:, T:known].unbind(-1), strict=True))
     floats = {name: column[name].view(torch.float64).float() for name in FLOATS}
+    numbers = {name: column[name] for name in NUMBERS}
+    numbers["cumulative_budget"] = numbers["cumulative_budget"].bool()
     return (
         BlockRows(ids=ids.view(-1, T), open=marks == OPEN, editable=marks == EDITABLE),
-        State(**{name: column[name] for name in STATE}),
-        Params(**{name: column[name] for name in NUMBERS}, **floats),
+        State(**{name: column[name] for name in STATE}, memory=table[:, known:]),
+        Params(**numbers, **floats, tokens=tokens),
         column["algorithm"],
     )
+
+
+def pack(out: StepOut) -> Tensor:
+    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, then the state."""
+    assert out.state.memory is not None
+    numbers = torch.stack((out.done.long(), *(getattr(out.state, name) for name in STATE)), dim=-1)
+    return torch.cat((out.ids, out.open.long(), numbers, out.state.memory), dim=-1)
 
 
 def decide(
@@ -61,7 +77,8 @@ def decide(
     count: int,
     *,
     head: Head,
-    mask_id: int,
+    block_size: int,
+    tokens: Tokens,
     exchange: Exchange | None = None,
 ) -> StepOut:
     """Decisions for all rows of a forward.
@@ -69,35 +86,54 @@ def decide(
     Args:
         hidden: normed hidden states, [R * T, H].
         ids: tokens of the forward, int64 [R * T].
-        table: records of the rows, int64 [R, T + columns].
+        table: records of the rows, int64 [R, width of a record].
         count: at least as many positions as are open or editable. A graph does not know and says R * T.
-        head, mask_id, exchange: as for select.
+        head, exchange: as for select.
+        block_size, tokens: T, and the checkpoint's own tokens, which say what algorithms there are.
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
     """
-    block, state, params, algorithm = unpack(ids, table)
+    block, state, params, algorithm = unpack(ids, table, block_size, tokens)
     wanted = (block.open | block.editable).flatten()
     wanted_first = wanted.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-    best = select(hidden[wanted_first], head, mask_id, exchange=exchange, wanted=wanted.sum())
-    token = torch.zeros_like(ids).index_copy(0, wanted_first, best.token[:, 0])
-    prob = torch.zeros_like(ids, dtype=torch.float32).index_copy(0, wanted_first, best.prob[:, 0])
-    scores = Scores(token=token.view_as(block.ids), prob=prob.view_as(block.ids))
-    steps = [each.step(block, scores, state, params) for each in ALGORITHMS.values()]
-    out = steps[0]
-    for code, other in enumerate(steps[1:], start=1):
-        out = where(algorithm == code, other, out)
-    unsound = ((token < 0) & wanted).view_as(block.ids).any(-1, keepdim=True)
+    found = best_of(hidden[wanted_first], head, tokens, exchange, wanted.sum())
+    shape = (*block.ids.shape, -1)
+    token = ids.new_zeros(len(ids), found.token.shape[1]).index_copy(0, wanted_first, found.token).view(shape)
+    prob = hidden.new_zeros(len(ids), found.prob.shape[1], dtype=torch.float32)
+    prob = prob.index_copy(0, wanted_first, found.prob).view(shape)
+    best, chance = levenshtein.first(token, prob, token != tokens.mask)
+    scores = Scores(best, chance, candidates=token, chances=prob)
+    out: StepOut | None = None
+    for name, each in ALGORITHMS.items():
+        if each.indel and not tokens.indel:
+            continue
+        mine = each.step(block, scores, state, params)
+        out = mine if out is None else where(algorithm == CODES[name], mine, out)
+    assert out is not None
+    unsound = ((best < 0) & wanted.view_as(best)).any(-1, keepdim=True)
     return replace(out, ids=out.ids.masked_fill(unsound, -1))
+
+
+def best_of(hidden: Tensor, head: Head, tokens: Tokens, exchange: Exchange | None, wanted: Tensor) -> Best:
+    """As select: the best token alone, or where the checkpoint inserts and deletes several, the mask among them."""
+    if tokens.indel:
+        return select(hidden, head, -1, levenshtein.CANDIDATES, exchange, wanted)
+    return select(hidden, head, tokens.mask, exchange=exchange, wanted=wanted)
 
 
 def where(rows: Tensor, a: StepOut, b: StepOut) -> StepOut:
     """For each row what a says if `rows` [R] is true, else what b says."""
     pick = rows[:, None]
+    assert a.state.memory is not None and b.state.memory is not None
     return StepOut(
         ids=torch.where(pick, a.ids, b.ids),
         open=torch.where(pick, a.open, b.open),
-        state=State(*(torch.where(rows, getattr(a.state, name), getattr(b.state, name)) for name in STATE)),
+        state=State(
+            step=torch.where(rows, a.state.step, b.state.step),
+            edits=torch.where(rows, a.state.edits, b.state.edits),
+            memory=torch.where(pick, a.state.memory, b.state.memory),
+        ),
         done=torch.where(rows, a.done, b.done),
     )
 

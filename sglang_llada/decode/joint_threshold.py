@@ -12,6 +12,8 @@ opens again, and of the others at most max_post_edit_steps change anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
@@ -32,6 +34,6 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
     return StepOut(
         ids=torch.where(written, scores.token, block.ids),
         open=block.open & ~decided,
-        state=State(step=state.step + 1, edits=edits),
+        state=replace(state, step=state.step + 1, edits=edits),
         done=~written.any(-1),
     )

@@ -7,6 +7,8 @@ block evenly over `steps`, the first `block mod steps` steps taking one more, so
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
     return StepOut(
         ids=torch.where(chosen, scores.token, block.ids),
         open=still_open,
-        state=State(step=state.step + 1, edits=state.edits),
+        state=replace(state, step=state.step + 1),
         done=~still_open.any(-1),
     )
 

@@ -18,13 +18,14 @@ from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.arg_groups.overrides import declare_resolution
 
 from sglang_llada.config import (
-    DEFAULT_FLAG,
     DEFAULT_MAX_RUNNING_REQUESTS,
     FLAGS,
     REPLAY_VARIABLE,
     DecodeConfig,
     Mode,
     algorithm_of_flag,
+    flag_of,
+    flag_of_checkpoint,
     read_replay,
 )
 from sglang_llada.errors import ConfigError
@@ -117,7 +118,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         check_split(args, read_config(folder_of(args.model_path, args.revision)))
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
-        chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or DEFAULT_FLAG)
+        chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
@@ -146,13 +147,19 @@ def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:
     if mode is Mode.ON or "block_size" not in config.algorithm_config:
         config.block_size = facts.block_size
     if mode is Mode.ON:
-        decode_config(config)
+        decode_config(config, facts)
     return config
 
 
-def decode_config(config: Any) -> DecodeConfig:
+def checkpoint_flag(args: Any) -> str:
+    """The value of --dllm-algorithm that the checkpoint asks for."""
+    facts = facts_of(args.model_path, args.revision)
+    return flag_of_checkpoint(args.model_path, indel=facts.indel)
+
+
+def decode_config(config: Any, facts: CheckpointFacts) -> DecodeConfig:
     """How the server decodes unless a request says otherwise, from the host's DllmConfig."""
-    defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm))
+    defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm), indel=facts.indel)
     return defaults.replaced(config.algorithm_config, "--dllm-algorithm-config")
 
 
@@ -164,8 +171,7 @@ def is_ours(server_args: Any) -> bool:
 
 def own_flag(flag: str) -> str:
     """The one value of --dllm-algorithm that stands for a flag and its aliases."""
-    algorithm = algorithm_of_flag(flag)
-    return next(name for name in FLAGS if FLAGS[name] == algorithm)
+    return flag_of(algorithm_of_flag(flag))
 
 
 def attention_dp(args: Any) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.dllm.config import DllmConfig
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from sglang_llada.blocks import Plan, Request, RowKind
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.contract import StepOut
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, record
+from sglang_llada.decode.contract import StepOut, Tokens
+from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, pack, record
+from sglang_llada.host.arguments import facts_of
+from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +42,31 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one DENOISE row decided; `tokens` is None if its logits were not finite."""
+    """What one DENOISE row decided, and its block's state; `tokens` is None if its logits were not finite."""
 
     request: Request[DecodeConfig]
     tokens: list[int] | None
     open: list[bool]
     done: bool
+    state: list[int]
 
 
 class Decider:
     """Decisions from a model's hidden states."""
 
     def __init__(self, model_runner: Any) -> None:
-        config = DllmConfig.from_server_args(model_runner.server_args)
+        args = model_runner.server_args
+        facts = facts_of(args.model_path, args.revision)
         self.model = model_runner.model
-        self.mask_id: int = config.mask_id
-        self.block_size: int = config.block_size
+        self.block_size = facts.block_size
+        self.tokens = tokens_of(facts)
+        self.idle = idle(self.block_size, self.tokens)
 
     def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
         """As decide()."""
         head, exchange = self.model.head, self.model.exchange
-        return decide(hidden, ids, table, count, head=head, exchange=exchange, mask_id=self.mask_id)
+        shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
+        return decide(hidden, ids, table, count, head=head, exchange=exchange, **shape)
 
 
 class Executor:
@@ -74,7 +79,7 @@ class Executor:
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.offsets = torch.arange(self.block_size, device=self.device)
-        self.idle = idle(self.block_size)
+        self.idle = decider.idle
         # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
 
@@ -109,13 +114,14 @@ class Executor:
         out = launched.decided
         denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
         T = self.block_size
-        read = torch.cat((out.ids, out.open.long(), out.done.long()[:, None]), dim=-1).cpu()[denoise].tolist()
+        read = pack(out).cpu()[denoise].tolist()
         return [
             Decision(
                 request=launched.plan.rows[i].request,
                 tokens=None if row[0] < 0 else row[:T],
                 open=[bool(is_open) for is_open in row[T : 2 * T]],
                 done=bool(row[2 * T]),
+                state=row[2 * T + 1 :],
             )
             for i, row in zip(denoise, read, strict=True)
         ]
@@ -130,7 +136,7 @@ class Executor:
             flat += request.tokens_at(row.start)
             flat += (slot, row.start)
             if row.kind is RowKind.DENOISE:
-                flat += record(marks(request), request.block.steps, request.block.edits, request.params)
+                flat += record(marks(request), request.block.state, request.params)
             else:
                 flat += self.idle
         T = self.block_size
@@ -182,6 +188,13 @@ class Executor:
         self.runner.kv_index_translator.bind_own_plan(batch)
         batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
         return batch
+
+
+def tokens_of(facts: CheckpointFacts) -> Tokens:
+    """The checkpoint's tokens as steps know them."""
+    if facts.delete_id is None or facts.split_id is None:
+        return Tokens(facts.mask_id)
+    return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
 
 
 def marks(request: Request[DecodeConfig]) -> list[int]:

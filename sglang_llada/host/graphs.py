@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sglang_llada.blocks import most_rows
 from sglang_llada.decode.contract import StepOut
-from sglang_llada.decode.decide import idle
 from sglang_llada.host.arguments import facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider
 
@@ -53,7 +52,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
     def capture(self) -> None:
         """Called by the host's constructor, before the first size is captured."""
-        self.idle = torch.tensor(idle(self.decide.block_size), device=self.device)
+        self.idle = torch.tensor(self.decide.idle, device=self.device)
         self.table = self.idle.repeat(self.max_bs, 1)
         super().capture()
 

@@ -36,10 +36,11 @@ from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
 from sglang_llada.config import DecodeConfig
+from sglang_llada.decode.decide import fresh
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, stop_ids, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider, Decision, Executor, InFlight
+from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, tokens_of
 from sglang_llada.host.streaming import LladaOutputStreamer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class LladaScheduler(Scheduler):
         super().init_diffusion_llm()
         facts = facts_of(self.server_args.model_path, self.server_args.revision)
         self.facts = facts
-        self.defaults = decode_config(self.dllm_config)
+        self.defaults = decode_config(self.dllm_config, facts)
+        self.fresh = fresh(facts.block_size, tokens_of(facts))
         self.table = Table()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.in_flight: InFlight | None = None
@@ -134,7 +136,7 @@ class LladaScheduler(Scheduler):
                     "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
                 continue
-            decision.request.decide(decision.tokens, decision.open, decision.done)
+            decision.request.decide(decision.tokens, decision.open, decision.done, decision.state)
             self.unbooked.append(decision)
 
     def _launch(self) -> bool:
@@ -274,7 +276,9 @@ class LladaScheduler(Scheduler):
             max_new_tokens=req.sampling_params.max_new_tokens,
             stop_ids=stop_ids(req),
             params=params,
+            fresh=self.fresh,
             edits=params.edits,
+            reopens=params.reopens,
             most_steps=params.most_steps,
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,

@@ -18,12 +18,22 @@ TURN_END = "<|role_end|>"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """What decoding must know of a checkpoint. stop_ids end an answer: end of text, end of a turn."""
+    """What decoding must know of a checkpoint.
+
+    stop_ids end an answer: end of text, end of a turn. delete_id and split_id (LLaDA2.2) are both there or both None.
+    """
 
     block_size: int
     mask_id: int
     stop_ids: frozenset[int]
     vocab_size: int
+    delete_id: int | None = None
+    split_id: int | None = None
+
+    @property
+    def indel(self) -> bool:
+        """Whether the checkpoint inserts and deletes."""
+        return self.delete_id is not None
 
 
 def read_facts(path: str | Path) -> CheckpointFacts:
@@ -81,7 +91,17 @@ def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> 
         raise ConfigError(f"mask token id {mask_id} is outside the vocabulary of {config.vocab_size}")
     if mask_id in stop_ids:
         raise ConfigError(f"mask token id {mask_id} is also a stop token")
-    return CheckpointFacts(config.block_size, mask_id, frozenset(stop_ids), config.vocab_size)
+    edit_ids = (config.delete_token_id, config.split_token_id)
+    if edit_ids != (None, None) and (
+        None in edit_ids
+        or len({mask_id, *edit_ids}) != 3
+        or not all(0 <= token < config.vocab_size and token not in stop_ids for token in edit_ids if token is not None)
+    ):
+        raise ConfigError(
+            f"config.json: delete_token_id is {edit_ids[0]!r}, split_token_id is {edit_ids[1]!r}; needed are both or "
+            f"neither: two ids below {config.vocab_size} that are not the mask token {mask_id} and no stop token"
+        )
+    return CheckpointFacts(config.block_size, mask_id, frozenset(stop_ids), config.vocab_size, *edit_ids)
 
 
 def config_mask(config: Llada2Config) -> int | None:

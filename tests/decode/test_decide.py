@@ -9,80 +9,112 @@ import pytest
 import torch
 
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode import ALGORITHMS
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, record, unpack
-from sglang_llada.decode.select import Head, select
+from sglang_llada.decode import ALGORITHMS, levenshtein
+from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
+from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, fresh, idle, pack, record, unpack
+from sglang_llada.decode.select import Head, best, select
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
+PLAIN, INDEL = Tokens(MASK), Tokens(MASK, delete=11, split=12)
 
 
-def step(rows: list[list[int]], hidden: torch.Tensor, ids: torch.Tensor, head: Head, count: int) -> StepOut:
+def step(
+    rows: list[list[int]], hidden: torch.Tensor, ids: torch.Tensor, head: Head, count: int, tokens: Tokens
+) -> StepOut:
     """One call with a table of these records."""
-    return decide(hidden, ids, torch.tensor(rows), count, head=head, mask_id=MASK)
+    return decide(hidden, ids, torch.tensor(rows), count, head=head, block_size=T, tokens=tokens)
 
 
-def random_rows(rng: random.Random, count: int) -> list[list[int]]:
+def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int]]:
     """Records of rows that decide and rows that do not."""
     rows = []
+    names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
     for _ in range(count):
-        params = DecodeConfig.defaults(T, rng.choice(list(ALGORITHMS)))
+        params = DecodeConfig.defaults(T, rng.choice(names), indel=tokens.indel)
         params = replace(params, threshold=rng.choice([0.05, 0.3, 0.95]), steps=rng.randint(1, T))
         marks = [rng.choice([FIXED, OPEN, EDITABLE if params.edits else FIXED]) for _ in range(T)]
         made = rng.randint(0, T - 1)
-        rows.append(record(marks, made, rng.randint(0, made), params) if rng.random() < 0.7 else idle(T))
+        state = [made, rng.randint(0, made), *fresh(T, tokens)[2:]]
+        rows.append(record(marks, state, params) if rng.random() < 0.7 else idle(T, tokens))
     return rows
 
 
-def test_a_record_comes_back_as_it_was() -> None:
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
+def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     params = replace(DecodeConfig.defaults(T, "joint_threshold"), threshold=0.123456789, steps=4)
+    params = replace(params, cumulative_budget=True)
     marks = [OPEN, FIXED, OPEN, EDITABLE, FIXED, OPEN]
-    block, state, given, algorithm = unpack(torch.arange(2 * T), torch.tensor([record(marks, 3, 2, params), idle(T)]))
+    memory = list(range(levenshtein.memory_size(T))) if tokens.indel else []
+    table = torch.tensor([record(marks, [3, 2, *memory], params), idle(T, tokens)])
+    block, state, given, algorithm = unpack(torch.arange(2 * T), table, T, tokens)
     assert block.ids.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
     assert block.open.tolist() == [[mark == OPEN for mark in marks], [False] * T]
     assert block.editable.tolist() == [[mark == EDITABLE for mark in marks], [False] * T]
     assert (state.step.tolist(), state.edits.tolist()) == ([3, 0], [2, 0])
+    assert state.memory is not None and state.memory.tolist() == [memory, [-1] * len(memory)]
     assert [list(ALGORITHMS)[code] for code in algorithm.tolist()] == ["joint_threshold", "threshold"]
     assert (given.steps.tolist(), given.max_post_edit_steps.tolist()) == ([4, T], [16, 0])
+    assert given.cumulative_budget.tolist() == [True, False]
     assert given.edit_threshold.tolist() == [0.5, 1.0]
     assert given.threshold.dtype == torch.float32
     assert given.threshold[0] == torch.tensor(0.123456789)
+    out = StepOut(block.ids, block.open, state, torch.tensor([True, False]))
+    assert pack(out)[0].tolist() == [*range(6), 1, 0, 1, 0, 0, 1, 1, 3, 2, *memory]
 
 
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
 @pytest.mark.parametrize("seed", range(5))
-def test_decisions_are_those_of_the_step_on_full_scores(seed: int) -> None:
+def test_decisions_are_those_of_the_step_on_full_scores(seed: int, tokens: Tokens) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    rows = random_rows(rng, 7)
+    rows = random_rows(rng, 7, tokens)
     hidden, head = torch.randn(7 * T, WIDTH), Head(torch.randn(V, WIDTH))
     ids = torch.randint(0, V, (7 * T,))
-    table = torch.tensor(rows)
-    block, state, params, algorithm = unpack(ids, table)
-    best = select(hidden, head, MASK)
-    scores = Scores(best.token.view(-1, T), best.prob.view(-1, T))
-    wants = [each.step(block, scores, state, params) for each in ALGORITHMS.values()]
+    block, state, params, algorithm = unpack(ids, torch.tensor(rows), T, tokens)
+    found, several = select(hidden, head, MASK), best(hidden @ head.weight.T, -1, levenshtein.CANDIDATES)
+    scores = Scores(
+        found.token.view(-1, T), found.prob.view(-1, T), several.token.view(-1, T, 5), several.prob.view(-1, T, 5)
+    )
+    wants = [each.step(block, scores, state, params) for each in ALGORITHMS.values() if tokens.indel or not each.indel]
     for count in (int((block.open | block.editable).sum()), 7 * T):
-        got = step(rows, hidden, ids, head, count)
+        got = step(rows, hidden, ids, head, count, tokens)
         for r, code in enumerate(algorithm.tolist()):
             want = wants[code]
             assert torch.equal(got.ids[r], want.ids[r]) and torch.equal(got.open[r], want.open[r])
             assert got.done[r] == want.done[r] and got.state.edits[r] == want.state.edits[r]
+            assert torch.equal(got.state.memory[r], want.state.memory[r])  # type: ignore[index]
 
 
-def test_idle_rows_decide_nothing() -> None:
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
+def test_idle_rows_decide_nothing(tokens: Tokens) -> None:
     ids = torch.randint(0, V, (2 * T,))
-    out = step([idle(T), idle(T)], torch.randn(2 * T, WIDTH), ids, Head(torch.randn(V, WIDTH)), 2 * T)
+    rows = [idle(T, tokens)] * 2
+    out = step(rows, torch.randn(2 * T, WIDTH), ids, Head(torch.randn(V, WIDTH)), 2 * T, tokens)
     assert torch.equal(out.ids.flatten(), ids) and not out.open.any() and out.done.all()
 
 
-def test_hidden_states_of_other_rows_do_not_matter() -> None:
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
+def test_hidden_states_of_other_rows_do_not_matter(tokens: Tokens) -> None:
     """A graph's padded rows hold anything."""
     torch.manual_seed(1)
-    rows, head = random_rows(random.Random(1), 3), Head(torch.randn(V, WIDTH))
+    rows, head = random_rows(random.Random(1), 3, tokens), Head(torch.randn(V, WIDTH))
     hidden, ids = torch.randn(3 * T, WIDTH), torch.randint(0, V, (3 * T,))
-    alone = step(rows, hidden, ids, head, 3 * T)
+    alone = step(rows, hidden, ids, head, 3 * T, tokens)
     worse = torch.cat((hidden, torch.full((T, WIDTH), float("nan"))))
-    beside = step([*rows, [7] * len(idle(T))], worse, torch.cat((ids, ids[:T])), head, 4 * T)
+    beside = step([*rows, [7] * len(idle(T, tokens))], worse, torch.cat((ids, ids[:T])), head, 4 * T, tokens)
     assert torch.equal(beside.ids[:3], alone.ids) and torch.equal(beside.open[:3], alone.open)
-    assert isinstance(alone.state, State) and isinstance(unpack(ids, torch.tensor(rows))[0], BlockRows)
-    assert isinstance(unpack(ids, torch.tensor(rows))[2], Params)
+    assert isinstance(alone.state, State) and isinstance(unpack(ids, torch.tensor(rows), T, tokens)[0], BlockRows)
+    assert isinstance(unpack(ids, torch.tensor(rows), T, tokens)[2], Params)
+
+
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_whose_logits_are_not_finite_says_so(bad: float, tokens: Tokens) -> None:
+    torch.manual_seed(2)
+    names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
+    rows = [record([OPEN] * T, fresh(T, tokens), DecodeConfig.defaults(T, n, indel=tokens.indel)) for n in names]
+    hidden = torch.rand(len(rows) * T, WIDTH)
+    hidden[T + 2] = bad
+    head = Head(torch.rand(V, WIDTH))
+    out = step(rows, hidden, torch.full((len(rows) * T,), MASK), head, len(rows) * T, tokens)
+    assert [bool((row == -1).all()) for row in out.ids] == [r == 1 for r in range(len(rows))]

@@ -9,7 +9,7 @@ import torch
 
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import joint_threshold
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State
+from sglang_llada.decode.contract import BlockRows, Params, Scores, State, Tokens
 
 MASK, VOCAB, T = 9, 5, 32
 
@@ -58,7 +58,9 @@ def test_random_rows_equal_the_rule_and_do_not_depend_on_their_neighbours() -> N
 
     def run(order: torch.Tensor) -> object:
         i, o, e, t, p, m, d, a, ea, b = (x[order] for x in tensors)
-        return joint_threshold.step(BlockRows(i, o, e), Scores(t, p), State(m, d), Params(a, torch.ones_like(b), ea, b))
+        return joint_threshold.step(
+            BlockRows(i, o, e), Scores(t, p), State(m, d), Params(a, torch.ones_like(b), ea, b, b > b, Tokens(MASK))
+        )
 
     before = [x.clone() for x in tensors]
     out = run(torch.arange(rows))
@@ -88,6 +90,8 @@ def test_a_block_ends_within_its_bound(scores: str, budget: int) -> None:
         steps=torch.tensor([T]),
         edit_threshold=torch.tensor([config.edit_threshold]),
         max_post_edit_steps=torch.tensor([budget]),
+        cumulative_budget=torch.tensor([False]),
+        tokens=Tokens(MASK),
     )
     ids, is_open, state = torch.full((1, T), MASK), torch.ones(1, T, dtype=torch.bool), State(*torch.zeros(2, 1).long())
     for step in range(1, config.most_steps + 1):

@@ -7,14 +7,21 @@ import random
 import torch
 
 from sglang_llada.decode import threshold
-from sglang_llada.decode.contract import BlockRows, Params, Scores, State
+from sglang_llada.decode.contract import BlockRows, Params, Scores, State, Tokens
 from sglang_llada.llada2.reference import quota
 
 MASK = 9
 
 
 def params(at: torch.Tensor, steps: torch.Tensor) -> Params:
-    return Params(at, steps, edit_threshold=torch.zeros_like(at), max_post_edit_steps=torch.full_like(steps, 16))
+    return Params(
+        at,
+        steps,
+        edit_threshold=torch.zeros_like(at),
+        max_post_edit_steps=torch.full_like(steps, 16),
+        cumulative_budget=at > 2,
+        tokens=Tokens(MASK),
+    )
 
 
 def decide(

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_llada.blocks import Request, next_step
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.contract import StepOut
-from sglang_llada.decode.decide import decide
+from sglang_llada.decode.contract import StepOut, Tokens
+from sglang_llada.decode.decide import decide, fresh, idle
 from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.executor import Executor
@@ -175,21 +175,30 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
     """Everything that our code does for a step outside the host's forward; the forward itself is what graphs check."""
     monkeypatch.setattr(ForwardBatch, "_init_num_token_non_padded", lambda self, **_: None)
     requests = [
-        Request(f"r{n}", list(range(n)), 8, frozenset(), DecodeConfig.defaults(T), block_size=T, mask_id=9)
+        Request(
+            f"r{n}",
+            list(range(n)),
+            8,
+            frozenset(),
+            DecodeConfig.defaults(T),
+            block_size=T,
+            mask_id=9,
+            fresh=fresh(T, Tokens(9)),
+        )
         for n in (1, 9)
     ]
     for request in requests:
         request.admit(0)
-    head = Head(torch.randn(50, WIDTH))
+    head, tokens = Head(torch.randn(50, WIDTH)), Tokens(9)
 
     def forward(batch: ForwardBatch) -> Any:
         hidden = torch.randn(batch.input_ids.shape[0], WIDTH)
         return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
 
     def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
-        return decide(hidden, ids, table, count, head=head, mask_id=9)
+        return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
-    decider.block_size = T  # type: ignore[attr-defined]
+    decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]
     runner = SimpleNamespace(
         device="cpu",
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * T * 2).view(2, -1)),

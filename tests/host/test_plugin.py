@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +16,13 @@ from sglang_llada import plugin
 from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
 from sglang_llada.errors import ConfigError, HostMismatch
 from sglang_llada.host import seams
+from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.config import Llada2Config
 
 pytestmark = pytest.mark.host
 
 T, MASK = 8, 77  # of the checkpoint below; the host's table says 32 and 156895
+FACTS = CheckpointFacts(T, MASK, frozenset(), 100)
 
 REPORT = """
 import json, sys
@@ -142,7 +143,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module under test, with the facts of a checkpoint that needs no files."""
     from sglang_llada.host import arguments
 
-    monkeypatch.setattr(arguments, "facts_of", lambda path, revision: SimpleNamespace(block_size=T, mask_id=MASK))
+    monkeypatch.setattr(arguments, "facts_of", lambda path, revision: FACTS)
     monkeypatch.setattr(arguments, "check_files", lambda folder: None)
     monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config())
     return arguments
@@ -389,5 +390,5 @@ def test_decode_parameters_are_checked_at_start(arguments: Any, llada2: str) -> 
 
 
 def test_decode_config_is_what_the_file_says(arguments: Any, llada2: str) -> None:
-    config = arguments.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5))
+    config = arguments.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5), FACTS)
     assert (config.algorithm, config.threshold, config.steps) == ("threshold", 0.5, T)

@@ -89,3 +89,15 @@ def test_a_checkpoint_may_name_no_stop() -> None:
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config.json"):
         read_config(tmp_path)
+
+
+def test_edit_tokens_of_a_checkpoint_that_inserts_and_deletes() -> None:
+    facts = gather(make_config(delete_token_id=7, split_token_id=8), FakeTokenizer(), {})
+    assert facts.indel and (facts.delete_id, facts.split_id) == (7, 8)
+    assert not gather(make_config(), FakeTokenizer(), {}).indel
+
+
+@pytest.mark.parametrize(("delete", "split"), [(7, None), (None, 7), (7, 7), (MASK, 7), (7, EOS), (VOCAB, 7), (-1, 7)])
+def test_wrong_edit_tokens(delete: int | None, split: int | None) -> None:
+    with pytest.raises(ConfigError, match=f"delete_token_id is {delete}, split_token_id is {split}; needed are both"):
+        gather(make_config(delete_token_id=delete, split_token_id=split), FakeTokenizer(), {})
