@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sglang_llada.config import ALGORITHMS, DecodeConfig
 from sglang_llada.llada2.checkpoint import CheckpointFacts
@@ -132,12 +132,10 @@ def generate_levenshtein(
         while not done:
             logits = model.block_causal(known[:start] + block.ids)[start:]
             out.forwards += 1
-            top = [by_falling(row, CANDIDATES + 1) for row in logits]
-            gaps = [(row[a] - row[b]).item() for row, ids in zip(logits, top, strict=True) for a, b in pairwise(ids)]
             probs = logits.softmax(-1)
-            candidates = [[(i, row[i].item()) for i in ids[:CANDIDATES]] for row, ids in zip(probs, top, strict=True)]
-            done = block.step(candidates)
-            out.margins.append(min(gaps + block.gaps))
+            best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:CANDIDATES] for row in logits.tolist()]
+            done = block.step([[(i, row[i].item()) for i in ids] for row, ids in zip(probs, best, strict=True)])
+            out.margins.append(min(block.gaps))
         keep = size
         for i in range(first, size):
             if block.ids[i] in stops or start + i + 1 == limit:
@@ -151,9 +149,10 @@ def generate_levenshtein(
     return out
 
 
-def by_falling(row: Tensor, count: int) -> list[int]:
-    """The `count` best ids, of equals the lowest first."""
-    return sorted(range(len(row)), key=lambda i: (-row[i].item(), i))[:count]
+def gap(candidates: list[tuple[int, float]]) -> float:
+    """Difference in logit of the two best."""
+    (_, best), (_, next_best) = candidates[:2]
+    return math.log(max(best, 1e-30)) - math.log(max(next_best, 1e-30))
 
 
 class LevenshteinBlock:
@@ -226,6 +225,7 @@ class LevenshteinBlock:
         edited = [i for i in decided if token[i] != self.ids[i] and conf[i] > self.edit_threshold]
         self.gaps += [abs(conf[i] - self.edit_threshold) for i in decided if token[i] != self.ids[i]]
         written = taken + edited
+        self.gaps += [gap(allowed(i)) for i in taken + decided]
 
         if self.ids in self.seen and not last:
             changing = sorted((i for i in written if token[i] != self.ids[i]), key=lambda i: (conf[i], i))
@@ -233,6 +233,7 @@ class LevenshteinBlock:
                 weakest = changing[0]
                 if len(changing) > 1:
                     self.gaps.append(conf[changing[1]] - conf[weakest])
+                self.gaps += [gap(list(two)) for two in pairwise(allowed(weakest))]
                 fresh = [t for t, _ in allowed(weakest) if t not in self.tried[weakest]]
                 token[weakest] = fresh[0] if fresh else token[weakest]
         self.seen = ([list(self.ids)] + self.seen)[:SEEN]
