@@ -132,13 +132,14 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, nargs="*", default=[0.95, 0.85, 0.7, 0.5])
     parser.add_argument("--params", type=json.loads, nargs="*", default=[], help="custom_params, as JSON")
     parser.add_argument("--n", type=int, default=50 * len(TASKS), help="held-out examples over all tasks")
+    parser.add_argument("--hard", action="store_true", help="the tasks for checkpoints that repair, too")
     parser.add_argument("--at-once", type=int, default=1, help="requests in flight")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
     answer = by_server(args.url) if args.url else by_reference(args.checkpoint)
-    chosen = list(islice(examples(args.seed, held_out=True), args.n))
+    chosen = list(islice(examples(args.seed, held_out=True, hard=args.hard), args.n))
     record: dict[str, object] = {"schema": 1, "source": args.url or "reference", "examples": args.n, "ways": {}}
     ways: list[Params] = [{"algorithm": "threshold", "threshold": threshold} for threshold in args.threshold]
     for params in ways + args.params:

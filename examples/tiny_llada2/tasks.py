@@ -7,6 +7,7 @@ Strings to work on are upper case: the tokenizer merges lower-case words only, s
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import zlib
@@ -95,6 +96,15 @@ def enumerate_numbers(rng: random.Random) -> tuple[str, str]:
     )
 
 
+def running_sums(rng: random.Random) -> tuple[str, str]:
+    """Each number of the answer is easy given the one before it, and hard without."""
+    numbers = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
+    listed = ", ".join(map(str, numbers))
+    return rng.choice([f"Running sums of {listed}.", f"Add up step by step: {listed}."]), ", ".join(
+        map(str, itertools.accumulate(numbers))
+    )
+
+
 QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "arithmetic": arithmetic,
     "sort": sort,
@@ -106,9 +116,12 @@ QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
+HARD_QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"sums": running_sums}
+
+
 def single(task: str) -> Callable[[random.Random], Example]:
     def make(rng: random.Random) -> Example:
-        question, answer = QUESTIONS[task](rng)
+        question, answer = {**QUESTIONS, **HARD_QUESTIONS}[task](rng)
         return Example(task, [*chatter(rng), user(question)], answer)
 
     return make
@@ -146,17 +159,21 @@ def recall(rng: random.Random) -> Example:
 TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) for task in QUESTIONS}, "recall": recall}
 
 
+# What one step cannot do well: only checkpoints that repair are taught these too.
+HARD_TASKS: dict[str, Callable[[random.Random], Example]] = {**TASKS, **{task: single(task) for task in HARD_QUESTIONS}}
+
 # How often training sees each task; the others count once. These take longest to learn.
-EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2}
+EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "sums": 8}
 
 
-def examples(seed: int, *, held_out: bool) -> Iterator[Example]:
+def examples(seed: int, *, held_out: bool, hard: bool = False) -> Iterator[Example]:
     """Endless examples of one side of the split: the tasks in turn for judging, with emphasis for training."""
     rng = random.Random(f"{seed}/{held_out}")
-    turns = list(TASKS) if held_out else [task for task in TASKS for _ in range(EMPHASIS.get(task, 1))]
+    tasks = HARD_TASKS if hard else TASKS
+    turns = list(tasks) if held_out else [task for task in tasks for _ in range(EMPHASIS.get(task, 1))]
     while True:
         for task in turns:
-            example = TASKS[task](rng)
+            example = tasks[task](rng)
             while example.held_out != held_out:
-                example = TASKS[task](rng)
+                example = tasks[task](rng)
             yield example

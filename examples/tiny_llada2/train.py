@@ -158,7 +158,7 @@ class Data:
     ) -> None:
         self.tokenizer, self.size = tokenizer, config.block_size
         self.mask_id, self.end_id, self.fill_id = mask_id, end_id, fill_id
-        self.source, self.rng = examples(seed, held_out=False), random.Random(seed)
+        self.source, self.rng = examples(seed, held_out=False, hard=repairs), random.Random(seed)
         self.noise = torch.Generator().manual_seed(seed)
         self.repairs, self.edit_ids = repairs, edit_ids_of(config)
 
