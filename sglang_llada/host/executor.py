@@ -79,7 +79,6 @@ class Executor:
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.offsets = torch.arange(self.block_size, device=self.device)
-        self.idle = decider.idle
         # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
 
@@ -138,9 +137,9 @@ class Executor:
             if row.kind is RowKind.DENOISE:
                 flat += record(marks(request), request.block.state, request.params)
             else:
-                flat += self.idle
+                flat += self.decide.idle
         T = self.block_size
-        packed = torch.tensor(flat, dtype=torch.int64).view(-1, T + 2 + len(self.idle))
+        packed = torch.tensor(flat, dtype=torch.int64).view(-1, T + 2 + len(self.decide.idle))
         rows = packed.to(self.device, non_blocking=True)
         return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :]
 
