@@ -73,6 +73,8 @@ def show_algorithms() -> int:
             default = "block size" if p.default is None else p.default
             high = "block size" if p.high is None else p.high
             print(f"  {p.name:19} {p.kind.__name__:6} default {default}, {p.low} to {high}: {p.help}")
+    for name, (algorithm, changes) in config.VARIANTS.items():
+        print(f"{name}  (--dllm-algorithm {config.flag_of(name)})  {algorithm} with {changes}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,15 +43,28 @@ class Parameter:
     help: str
 
 
+MOST_WINDOW = MOST_LIVE_BLOCKS = 4
+FOR_ALL = (
+    Parameter("max_nfe", int, 0, 0, 2**31 - 1, "decode steps after which a request ends as it is; 0: no bound"),
+    Parameter("live_blocks", int, 1, 1, MOST_LIVE_BLOCKS, "blocks that may be decoded at once"),
+    Parameter("next_block_share", float, 0.5, 0.0, 1.0, "share of open positions below which the next one begins"),
+)
+
 ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
     "threshold": (
         Parameter("threshold", float, 0.95, 0.0, 1.0, "keep every token whose probability is above this"),
         Parameter("steps", int, None, 1, None, "most denoise steps of a block"),
+        Parameter("early_exit", bool, True, 0, 1, "end as soon as nothing is open before a stop token"),
+        *FOR_ALL,
     ),
     "joint_threshold": (
         Parameter("threshold", float, 0.7, 0.0, 1.0, "keep every token whose probability is above this"),
         Parameter("edit_threshold", float, 0.5, 0.0, 1.0, "replace a token by one whose probability is above this"),
         Parameter("max_post_edit_steps", int, 16, 0, 1024, "most steps that edit a block with nothing open"),
+        Parameter(
+            "window", int, 1, 1, MOST_WINDOW, "blocks that may be edited: the one being decoded and those before"
+        ),
+        *FOR_ALL,
     ),
     "levenshtein": (
         Parameter("threshold", float, 0.5, 0.0, 1.0, "keep every token whose probability is above this"),
@@ -59,6 +72,7 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
         Parameter("steps", int, None, 1, None, "steps over which a block's first holes are scheduled"),
         Parameter("max_post_edit_steps", int, 16, 0, 1024, "most steps that edit a block without original holes"),
         Parameter("cumulative_budget", bool, False, 0, 1, "count post-edit steps over the whole block, never again"),
+        *FOR_ALL,
     ),
 }
 
@@ -70,6 +84,10 @@ MODES: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 
+# Algorithms with other values than their recommended ones, under names of their own.
+VARIANTS: dict[str, tuple[str, dict[str, int]]] = {"mbe": ("joint_threshold", {"window": 2})}
+NAMES = (*ALGORITHMS, *VARIANTS)
+
 NEED_INDEL = {"levenshtein"}  # DELETE and SPLIT, which only some checkpoints have
 
 # What --dllm-algorithm accepts: of each algorithm our own name, then the host's for the same rule.
@@ -78,8 +96,16 @@ FLAGS: dict[str, str] = {
     "LowConfidence": "threshold",
     "TokenEditing": "joint_threshold",
     "JointThreshold": "joint_threshold",
+    "MultiBlockEditing": "mbe",
     "Levenshtein": "levenshtein",
     "JointThresholdInDel": "levenshtein",
+}
+# The host's keys of --dllm-algorithm-config that change nothing here, and the values for which that is so; None: that
+# of the checkpoint.
+HOST_KEYS: dict[str, tuple[Any, ...] | None] = {
+    "block_size": None,
+    "penalty_lambda": (0,),
+    "vectorized_decoding": (True, False),
 }
 DEFAULT_ALGORITHM = "threshold"
 RELEASE = re.compile(r"llada[-_.]?2\.(\d)", re.IGNORECASE)
@@ -99,8 +125,13 @@ class DecodeConfig:
         steps: most denoise steps that a block may take.
         edit_threshold: a decided token is replaced by another whose probability is above (strictly) this.
         max_post_edit_steps: most steps that may edit a block with nothing open.
-        indel: whether the checkpoint has DELETE and SPLIT.
+        early_exit: whether an answer is complete when nothing is open before a stop token, or only with its block.
+        max_nfe: decode steps after which a request ends with the tokens before its first open position; 0: no bound.
         cumulative_budget: whether those are counted over the whole block, though holes may have come back.
+        window: blocks that may be edited at once: the one being decoded and those before it.
+        live_blocks: blocks that may be decoded at once.
+        next_block_share: the next of them begins when fewer positions than this share of the last one are open.
+        indel: whether the checkpoint has DELETE and SPLIT.
     """
 
     algorithm: str
@@ -110,20 +141,26 @@ class DecodeConfig:
     edit_threshold: float = 1.0
     max_post_edit_steps: int = 0
     cumulative_budget: bool = False
+    early_exit: bool = True
+    max_nfe: int = 0
+    window: int = 1
+    live_blocks: int = 1
+    next_block_share: float = 0.5
     indel: bool = False
 
     @classmethod
     def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM, *, indel: bool = False) -> DecodeConfig:
         """What an algorithm does when nobody sets anything."""
-        if algorithm not in ALGORITHMS:
-            raise ConfigError(f"decode algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        if algorithm not in NAMES:
+            raise ConfigError(f"decode algorithm is {algorithm!r}; allowed: {', '.join(NAMES)}")
         if algorithm in NEED_INDEL and not indel:
             raise ConfigError(
                 f"decode algorithm is {algorithm!r}, for which the checkpoint's config.json must have delete_token_id "
-                f"and split_token_id; allowed: {', '.join(name for name in ALGORITHMS if name not in NEED_INDEL)}"
+                f"and split_token_id; allowed: {', '.join(name for name in NAMES if name not in NEED_INDEL)}"
             )
-        values: dict[str, Any] = {p.name: block_size if p.default is None else p.default for p in ALGORITHMS[algorithm]}
-        return cls(algorithm, block_size, indel=indel, **values)
+        base, changes = VARIANTS.get(algorithm, (algorithm, {}))
+        values: dict[str, Any] = {p.name: block_size if p.default is None else p.default for p in ALGORITHMS[base]}
+        return cls(base, block_size, indel=indel, **(values | changes))
 
     @property
     def edits(self) -> bool:
@@ -149,14 +186,14 @@ class DecodeConfig:
             return self
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"{where}: got {mapping!r}; needed is a mapping of names to values")
-        base, modes = self, MODES.get(self.algorithm, {})
+        base = self
         if "algorithm" in mapping:
-            algorithm = one_of("algorithm", mapping["algorithm"], ALGORITHMS, where)
+            algorithm = one_of("algorithm", mapping["algorithm"], NAMES, where)
             try:
-                base, modes = self._switched(algorithm), MODES.get(algorithm, {})
+                base = self._switched(algorithm)
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
-        parameters = {p.name: p for p in ALGORITHMS[base.algorithm]}
+        parameters, modes = {p.name: p for p in ALGORITHMS[base.algorithm]}, MODES.get(base.algorithm, {})
         allowed = [*parameters, "algorithm", *(["mode"] if modes else [])]
         unknown = [key for key in mapping if key not in allowed]
         if unknown:
@@ -213,7 +250,16 @@ def algorithm_of_flag(flag: str) -> str:
     return FLAGS[flag]
 
 
-def one_of(key: str, value: Any, allowed: Mapping[str, Any], where: str) -> str:
+def without_host_keys(mapping: Mapping[str, Any], block_size: int, where: str) -> dict[str, Any]:
+    """The mapping without HOST_KEYS; ConfigError if one of them asks for what is not done here."""
+    for key, values in HOST_KEYS.items():
+        allowed = (block_size,) if values is None else values
+        if key in mapping and mapping[key] not in allowed:
+            raise ConfigError(f"{where}: {key} is {mapping[key]!r}; allowed: {' or '.join(map(repr, allowed))}")
+    return {key: value for key, value in mapping.items() if key not in HOST_KEYS}
+
+
+def one_of(key: str, value: Any, allowed: Collection[str], where: str) -> str:
     """The value if it names one of the allowed, or ConfigError."""
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{where}: {key} is {value!r}; allowed: {', '.join(allowed)}")

@@ -95,7 +95,8 @@ def test_unknown_keys_are_named_with_the_allowed_ones(base: DecodeConfig) -> Non
     with pytest.raises(ConfigError) as error:
         base.replaced({"threshold": 0.5, "treshold": 0.5, "block_size": 4}, "--dllm-algorithm-config")
     assert str(error.value) == (
-        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps, algorithm"
+        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps, early_exit, "
+        "max_nfe, live_blocks, next_block_share, algorithm"
     )
 
 
@@ -149,6 +150,20 @@ def test_a_request_may_take_another_algorithm(base: DecodeConfig) -> None:
     assert editing.replaced({"algorithm": "threshold"}) == base
 
 
+def test_multi_block_editing_is_token_editing_in_a_window_of_two(base: DecodeConfig) -> None:
+    several = base.replaced({"algorithm": "mbe", "mode": "speed"})
+    assert several == base.replaced({"algorithm": "joint_threshold", "mode": "speed", "window": 2})
+    assert several.replaced({"window": 3}).window == 3
+
+
+def test_the_hosts_keys_are_taken_where_they_change_nothing() -> None:
+    mapping = {"block_size": T, "penalty_lambda": 0, "vectorized_decoding": True, "threshold": 0.5}
+    assert config.without_host_keys(mapping, T, "file") == {"threshold": 0.5}
+    for key, value, allowed in (("block_size", 8, f"{T}"), ("penalty_lambda", 0.3, "0")):
+        with pytest.raises(ConfigError, match=f"^file: {key} is {value}; allowed: {allowed}$"):
+            config.without_host_keys({key: value}, T, "file")
+
+
 def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) -> None:
     editing = base.replaced({"algorithm": "joint_threshold", "mode": "speed"})
     assert (editing.threshold, editing.edit_threshold) == (0.5, 0.0)
@@ -159,12 +174,26 @@ def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) ->
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"mode": "speed"}, "custom_params: unknown key 'mode'; allowed: threshold, steps, algorithm"),
-        ({"algorithm": "mbe2"}, "custom_params: algorithm is 'mbe2'; allowed: threshold, joint_threshold, levenshtein"),
+        (
+            {"mode": "speed"},
+            "custom_params: unknown key 'mode'; allowed: threshold, steps, early_exit, max_nfe, live_blocks, "
+            "next_block_share, algorithm",
+        ),
+        (
+            {"algorithm": "mbe2"},
+            "custom_params: algorithm is 'mbe2'; allowed: threshold, joint_threshold, levenshtein, mbe",
+        ),
+        ({"live_blocks": 5}, "custom_params: live_blocks is 5; allowed: an integer from 1 to 4"),
+        ({"max_nfe": -1}, "custom_params: max_nfe is -1; allowed: an integer from 0 to 2147483647"),
+        ({"early_exit": 0}, "custom_params: early_exit is 0; allowed: true or false"),
+        (
+            {"algorithm": "mbe", "window": 9},
+            "custom_params: window is 9; allowed: an integer from 1 to 4",
+        ),
         (
             {"algorithm": "levenshtein"},
             "custom_params: decode algorithm is 'levenshtein', for which the checkpoint's config.json must have "
-            "delete_token_id and split_token_id; allowed: threshold, joint_threshold",
+            "delete_token_id and split_token_id; allowed: threshold, joint_threshold, mbe",
         ),
         (
             {"algorithm": "joint_threshold", "mode": "best"},
@@ -188,7 +217,7 @@ def test_unknown_flag_names_the_allowed_ones() -> None:
 
 
 def test_every_flag_means_a_known_algorithm() -> None:
-    assert set(config.FLAGS.values()) <= set(config.ALGORITHMS)
+    assert set(config.FLAGS.values()) == set(config.NAMES)
 
 
 def test_every_decode_rule_has_parameters_and_the_other_way_round() -> None:

@@ -1,9 +1,9 @@
 """Which rows the next forward carries.
 
-Decode rows go first and are never held back: every DECODING request gets its DENOISE row, preceded by the SEAL row of
-the block it has just completed. FILL rows of newcomers take what is left of the row budget, oldest admission first,
-and a newcomer whose last FILL rows fit decides its first block in the same forward. So a running request never waits
-for somebody's prompt, and a prompt takes as few forwards as the budget allows.
+Decode rows go first and are never held back: every DECODING request gets a DENOISE row for each of its live blocks,
+preceded by SEAL rows of the blocks that have just left. FILL rows of newcomers take what is left of the row budget,
+oldest admission first, and a newcomer whose last FILL rows and live blocks fit decides in the same forward. So a
+running request never waits for somebody's prompt, and a prompt takes as few forwards as the budget allows.
 
 When decode rows alone come near the budget, FILL rows still get `FILL_SHARE` of it (at least one row): newcomers slow
 the others down a little rather than starve.
@@ -63,23 +63,31 @@ def next_step(requests: Iterable[Request[Any]], budget: int) -> Plan:
             newcomers.append(request)
         elif request.phase is Phase.DECODING:
             rows += [Row(request, RowKind.SEAL, start) for start in _unfilled(request, request.unfilled)]
-            rows.append(Row(request, RowKind.DENOISE, request.block.start))
+            rows += _live(request)
     room = max(budget - len(rows), int(budget * FILL_SHARE), 1)
     for request in newcomers:
         count = min(room, request.unfilled)
         rows += [Row(request, RowKind.FILL, start) for start in _unfilled(request, count)]
         room -= count
-        if room > 0 and count == request.unfilled and request.wants_decode:
-            rows.append(Row(request, RowKind.DENOISE, request.block.start))
-            room -= 1
+        if room >= len(request.blocks) and count == request.unfilled and request.wants_decode:
+            rows += _live(request)
+            room -= len(request.blocks)
         if room <= 0:
             break
     return Plan(rows)
 
 
-def most_rows(running: int, budget: int) -> int:
-    """The most rows that next_step() plans for so many admitted requests."""
-    return max(budget, 2 * running + max(int(budget * FILL_SHARE), 1))
+def most_rows(running: int, budget: int, each: int = 2) -> int:
+    """The most rows that next_step() plans for so many admitted requests.
+
+    Args:
+        each: SEAL and DENOISE rows that one of them may have: its window and live_blocks added up.
+    """
+    return max(budget, each * running + max(int(budget * FILL_SHARE), 1))
+
+
+def _live(request: Request[Any]) -> list[Row]:
+    return [Row(request, RowKind.DENOISE, block.start) for block in request.blocks]
 
 
 def _unfilled(request: Request[Any], count: int) -> range:

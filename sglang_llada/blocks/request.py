@@ -1,9 +1,16 @@
 """One request as blocks: what is known, which block is live, how far the KV is final, and the moves between phases.
 
 Positions count from the start of the prompt. Blocks are aligned to absolute positions, so the prompt's tail (its length
-modulo the block size) is the given part of the first live block. Positions [0, filled) have final KV; all positions
-before the live block are known; the live block's KV is written by every step and counts for nothing until a FILL or
-SEAL row writes it again.
+modulo the block size) is the given part of the first live block. Mostly one block is live; several are while earlier
+ones may still be edited (`window`) or later ones are begun early (`live_blocks`), and all of them are rows of every
+step. Positions [0, filled) have final KV; all positions before the first live block are known for good; the live
+blocks' KV is written by every step and counts for nothing until a FILL or SEAL row writes it again.
+
+A live block is done when its decode says so; it leaves, in order of position, when it and the `window` - 1 blocks after
+it are done. Done but not gone, it takes edits only, and none where it might open again. The next block is opened, at
+most one a step, when fewer than `live_blocks` are live from the first one that is not done on, and the last of them has
+fewer than `next_block_share` of its positions open; but not with a stop token among their tokens, nor past the last
+allowed token.
 
         admit            caught up            decided, ended ...
 WAITING -----> FILLING -----------> DECODING -----------> DONE
@@ -14,10 +21,10 @@ WAITING -----> FILLING -----------> DECODING -----------> DONE
 | move      | from                       | to                                                       |
 |-----------|----------------------------|----------------------------------------------------------|
 | admit     | WAITING                    | FILLING, or as after fill when nothing is left to fill   |
-| fill      | FILLING, DECODING (a SEAL) | DECODING once all before the live block is filled, or    |
+| fill      | FILLING, DECODING (a SEAL) | DECODING once all before the live blocks is filled, or   |
 |           |                            | DONE if no token was asked for                           |
 | decide    | DECODING                   | the same, or DONE when the answer is complete             |
-| retract   | FILLING, DECODING          | WAITING; the live block keeps what it has decided         |
+| retract   | FILLING, DECODING          | WAITING; the live blocks keep what they have decided      |
 | end       | any but DONE               | DONE                                                     |
 
 This file knows nothing of KV pages: the host's pools are told by the scheduler, which checks that both agree.
@@ -54,14 +61,48 @@ class Ending(enum.Enum):
 
 @dataclass(slots=True)
 class Block:
-    """The live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's."""
+    """A live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's."""
 
     start: int
     given: int
     tokens: list[int]
     open: list[bool]
     state: Sequence[int]  # what the decode carries from step to step; only kept here
-    steps: int = 0  # decode steps made on it
+    steps: int = 0  # decode steps made on it until it was done
+    done: bool = False  # only edits from now on
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What a step made of a live block; `done`: no step follows but edits."""
+
+    tokens: list[int]
+    open: list[bool]
+    done: bool
+    state: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a request's decode may do with its blocks.
+
+    Attributes:
+        edits: whether what is decided may change until its block is done, or gone where that comes later.
+        reopens: whether it may even become open again.
+        whole_blocks: whether nothing of a block is committed before it is gone, as it must be where there are edits.
+        most_steps: the decode's bound on steps of a block; None: one for each position.
+        max_nfe: decode steps after which the request ends as it is; 0: no bound.
+        window, live_blocks, next_block_share: see the module.
+    """
+
+    edits: bool = False
+    reopens: bool = False
+    whole_blocks: bool = False
+    most_steps: int | None = None
+    max_nfe: int = 0
+    window: int = 1
+    live_blocks: int = 1
+    next_block_share: float = 0.0
 
 
 @dataclass(slots=True)
@@ -76,28 +117,27 @@ class Request(Generic[P]):
     block_size: int
     mask_id: int
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
-    edits: bool = False  # whether what is decided may change until its block is done
-    reopens: bool = False  # whether it may even become open again
-    most_steps: int | None = None  # the decode's bound on steps of a block; None: one for each position
+    rules: Rules = Rules()
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
     filled: int = 0  # positions with final KV, a multiple of the block size; written by admit, fill, retract
-    block: Block = field(init=False)
+    blocks: list[Block] = field(default_factory=list)  # the live ones, in order of position
     forwards: int = 0  # NFE: forwards the request took part in
-    steps_per_block: list[int] = field(default_factory=list)  # decode steps of each decided block, the live one last
+    steps: int = 0  # decode steps
+    steps_per_block: list[int] = field(default_factory=list)  # decode steps of each block that is gone
     blocks_reported: int = 0  # how many of those report_steps() has given out
 
     def __post_init__(self) -> None:
-        self._open_block()
+        self._open_block(len(self.prompt) // self.block_size * self.block_size)
 
     # --- moves, in the order of a request's life -------------------------------------------------------------------
 
     def admit(self, cached: int) -> None:
         """Take part in steps; the KV of [0, cached) is final already (whole blocks, at most up to the live one)."""
         self._expect("admit", Phase.WAITING)
-        if cached % self.block_size or not 0 <= cached <= self.block.start:
-            raise IntegrityError(f"{self.rid}: {cached} cached positions before a live block at {self.block.start}")
+        if cached % self.block_size or not 0 <= cached <= self.live_from:
+            raise IntegrityError(f"{self.rid}: {cached} cached positions before a live block at {self.live_from}")
         self.filled = cached
         self.phase = Phase.FILLING
         self._catch_up()
@@ -106,47 +146,47 @@ class Request(Generic[P]):
         """Note that a launched forward writes the final KV of the next `blocks` blocks."""
         self._expect("fill", Phase.FILLING, Phase.DECODING)
         self.filled += blocks * self.block_size
-        if self.filled > self.block.start:
-            raise IntegrityError(f"{self.rid}: filled to {self.filled}, past the live block at {self.block.start}")
+        if self.filled > self.live_from:
+            raise IntegrityError(f"{self.rid}: filled to {self.filled}, past the live block at {self.live_from}")
         self._catch_up()
 
-    def decide(self, tokens: list[int], still_open: list[bool], done: bool, state: Sequence[int] = ()) -> int:
-        """Take a step's decisions for the live block; returns how many tokens it committed.
+    def decide(self, news: Sequence[Decided]) -> int:
+        """Take a step's decisions, one for each live block; returns how many tokens they committed.
 
-        Commits the decided run after the tokens known so far; where that may still change, nothing before the block is
-        done. A stop token or the last allowed token in that run completes the answer (DONE). A block that is done makes
-        way for the next one. If its last step changed nothing, that step's forward has written its final KV.
+        Commits what cannot change any more. A stop token or the last allowed token in what would be the answer now
+        completes it (DONE), and so does the last step of max_nfe. Blocks that leave and that the step did not change
+        have their final KV from that step's forward, if all before them do.
 
         Raises:
             IntegrityError: the step changed a fixed position, decided nothing, or was one too many.
         """
         self._expect("decide", Phase.DECODING)
-        block = self.block
-        self._check_step(tokens, still_open, done)
-        unchanged = tokens == block.tokens and still_open == block.open
-        block.tokens, block.open, block.state = tokens, still_open, state
-        block.steps += 1
-        self.steps_per_block[-1] = block.steps
-        if self.edits and not done:
-            return 0
-        before = len(self.output)
-        for i in range(self.known - block.start, self.block_size):
-            if still_open[i]:
-                return len(self.output) - before
-            self.output.append(tokens[i])
-            if tokens[i] in self.stop_ids:
-                self.end(Ending.STOP)
-                return len(self.output) - before
-            if len(self.output) == self.max_new_tokens:
-                self.end(Ending.LENGTH)
-                return len(self.output) - before
-        self._open_block()
-        if unchanged:
-            self.filled = self.block.start
+        same = [self._take(block, new) for block, new in zip(self.blocks, news, strict=True)]
+        self.steps += 1
+        spent = self.steps == self.rules.max_nfe
+        before, answer = len(self.output), self._answer(spent)
+        for i, token in enumerate(answer, 1):
+            if token in self.stop_ids or before + i == self.max_new_tokens:
+                self.output += answer[:i]
+                self.end(Ending.STOP if token in self.stop_ids else Ending.LENGTH)
+                return i
+        if spent:
+            self.output += answer
+            self.end(Ending.LENGTH)
+            return len(answer)
+        leave = max(self._leading_done() - self.rules.window + 1, 0)
+        if self.rules.whole_blocks:
+            answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)]
+        self.output += answer
+        for unchanged in same[:leave]:
+            if unchanged and self.filled == self.live_from:
+                self.filled += self.block_size
+            self.steps_per_block.append(self.blocks.pop(0).steps)
+        self._open_next()
         return len(self.output) - before
 
     def retract(self) -> None:
-        """Give up all KV. The live block keeps its decisions, so that the output goes on as if nothing had happened."""
+        """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
         self._expect("retract", Phase.FILLING, Phase.DECODING)
         self.filled = 0
         self.phase = Phase.WAITING
@@ -158,10 +198,10 @@ class Request(Generic[P]):
         self.phase, self.ending = Phase.DONE, ending
 
     def report_steps(self, *, ended: bool) -> list[int]:
-        """Decode steps of the blocks decided since the last call; with `ended`, of the live one too."""
-        upto = len(self.steps_per_block) - (0 if ended else 1)
-        news = [steps for steps in self.steps_per_block[self.blocks_reported : upto] if steps]
-        self.blocks_reported = max(self.blocks_reported, upto)
+        """Decode steps of the blocks gone since the last call; with `ended`, of the live ones too."""
+        everything = self.steps_per_block + [block.steps for block in self.blocks if block.steps and ended]
+        news = everything[self.blocks_reported :]
+        self.blocks_reported = len(everything)
         return news
 
     # --- queries ----------------------------------------------------------------------------------------------------
@@ -172,19 +212,33 @@ class Request(Generic[P]):
         return len(self.prompt) + len(self.output)
 
     @property
+    def live_from(self) -> int:
+        """Where the first live block starts; everything before it is known."""
+        return self.blocks[0].start
+
+    @property
+    def live_to(self) -> int:
+        """Where the last live block ends."""
+        return self.blocks[-1].start + self.block_size
+
+    @property
     def unfilled(self) -> int:
-        """Blocks before the live one whose final KV is not written yet."""
-        return (self.block.start - self.filled) // self.block_size
+        """Blocks before the live ones whose final KV is not written yet."""
+        return (self.live_from - self.filled) // self.block_size
 
     @property
     def wants_decode(self) -> bool:
         """Whether it has a live block to decide at all: a request for 0 tokens only fills."""
         return self.max_new_tokens > 0
 
+    def block_at(self, start: int) -> Block:
+        """The live block that starts there."""
+        return self.blocks[(start - self.live_from) // self.block_size]
+
     def tokens_at(self, start: int) -> list[int]:
-        """The block's tokens at `start`: known ones, or the live block as it stands."""
-        if start == self.block.start:
-            return self.block.tokens
+        """The block's tokens at `start`: known ones, or a live block as it stands."""
+        if start >= self.live_from:
+            return self.block_at(start).tokens
         stop, n = start + self.block_size, len(self.prompt)
         if stop <= n:
             return list(self.prompt[start:stop])
@@ -192,15 +246,27 @@ class Request(Generic[P]):
 
     def check(self) -> None:
         """Raise IntegrityError if the fields contradict one another."""
-        b, T = self.block, self.block_size
+        T, first, rules = self.block_size, self.live_from, self.rules
+        ahead = len(self.blocks) - self._leading_done()
         facts = [
-            (b.start % T == 0 and len(b.tokens) == T and len(b.open) == T, "the live block is misshapen"),
-            (self.filled % T == 0 and 0 <= self.filled <= b.start, f"filled {self.filled} of {b.start}"),
-            (self.phase is not Phase.WAITING or self.filled == 0, "waiting, yet holds KV"),
-            (self.phase is not Phase.DECODING or self.unfilled <= 1, f"decoding with {self.unfilled} unfilled blocks"),
             (
-                self.phase is Phase.DONE or b.start <= self.known <= b.start + T,
-                f"{self.known} known positions and a live block at {b.start}",
+                all(b.start == first + i * T and len(b.tokens) == len(b.open) == T for i, b in enumerate(self.blocks)),
+                "the live blocks are misshapen",
+            ),
+            (first % T == 0 and self.filled % T == 0 and 0 <= self.filled <= first, f"filled {self.filled} of {first}"),
+            (self.phase is not Phase.WAITING or self.filled == 0, "waiting, yet holds KV"),
+            (
+                self.phase is not Phase.DECODING or self.unfilled < rules.window + rules.live_blocks,
+                f"decoding with {self.unfilled} unfilled blocks",
+            ),
+            (
+                self.phase is Phase.DONE or first <= self.known <= first + T,
+                f"{self.known} known positions and a live block at {first}",
+            ),
+            (
+                self.phase is Phase.DONE
+                or (len(self.blocks) - ahead < rules.window and 1 <= ahead <= rules.live_blocks),
+                f"{len(self.blocks)} live blocks, of which the first {len(self.blocks) - ahead} are done",
             ),
             (len(self.output) <= max(self.max_new_tokens, 0), f"{len(self.output)} tokens of {self.max_new_tokens}"),
             ((self.phase is Phase.DONE) == (self.ending is not None), f"{self.phase} with ending {self.ending}"),
@@ -212,33 +278,76 @@ class Request(Generic[P]):
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _catch_up(self) -> None:
-        if self.filled == self.block.start:
+        if self.filled == self.live_from:
             self.phase = Phase.DECODING
             if self.max_new_tokens == 0:
                 self.end(Ending.LENGTH)
 
-    def _open_block(self) -> None:
-        start = self.known // self.block_size * self.block_size
-        given = list(self.prompt[start:]) if start < len(self.prompt) else []
+    def _leading_done(self) -> int:
+        """How many of the live blocks are done before the first that is not."""
+        return next((i for i, block in enumerate(self.blocks) if not block.done), len(self.blocks))
+
+    def _answer(self, spent: bool) -> list[int]:
+        """What would follow the known tokens if nothing changed any more, up to the first open position.
+
+        Where only whole blocks count, of the first blocks that are done; of all, if no further step is allowed.
+        """
+        out: list[int] = []
+        for block in self.blocks:
+            if self.rules.whole_blocks and not block.done and not spent:
+                break
+            for i in range(max(self.known - block.start, 0), self.block_size):
+                if block.open[i]:
+                    return out
+                out.append(block.tokens[i])
+        return out
+
+    def _open_next(self) -> None:
+        """Open the block after the live ones if it is time; see the module."""
+        if not self.blocks:
+            return self._open_block(self.known)
+        last, T = self.blocks[-1], self.block_size
+        early = len(self.blocks) - self._leading_done() < self.rules.live_blocks
+        ready = last.done or sum(last.open) < self.rules.next_block_share * T
+        if not early or not ready or last.start + T >= len(self.prompt) + self.max_new_tokens:
+            return None
+        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open[i])
+        if self.stop_ids.isdisjoint(decided):
+            self._open_block(last.start + T)
+        return None
+
+    def _open_block(self, start: int) -> None:
+        given = list(self.prompt[start:])
         holes = self.block_size - len(given)
         tokens, is_open = given + [self.mask_id] * holes, [False] * len(given) + [True] * holes
-        self.block = Block(start, len(given), tokens, is_open, self.fresh)
-        self.steps_per_block.append(0)
+        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh))
 
-    def _check_step(self, tokens: list[int], still_open: list[bool], done: bool) -> None:
-        was = self.block.open
-        changed = [i for i, (t, old) in enumerate(zip(tokens, self.block.tokens, strict=True)) if t != old]
-        kept = all(was[i] or (self.edits and i >= self.block.given) for i in changed)
-        closed_only = all(before or not now for now, before in zip(still_open, was, strict=True))
-        if not kept or not (closed_only or (self.reopens and not any(still_open[: self.block.given]))):
-            raise IntegrityError(f"{self.rid}: a step changed a fixed position of the block at {self.block.start}")
-        if any(was) and sum(still_open) == sum(was) and not self.reopens:
-            raise IntegrityError(f"{self.rid}: a step decided nothing in the block at {self.block.start}")
-        if done and any(still_open):
-            raise IntegrityError(f"{self.rid}: the block at {self.block.start} is done with open positions")
-        bound = self.block_size if self.most_steps is None else self.most_steps
-        if self.block.steps + 1 + (not done) > bound:
-            raise IntegrityError(f"{self.rid}: more than {bound} steps on the block at {self.block.start}")
+    def _take(self, block: Block, new: Decided) -> bool:
+        """A step's decisions for one block; whether they changed nothing."""
+        self._check_step(block, new)
+        same = new.tokens == block.tokens and new.open == block.open
+        block.tokens, block.open = new.tokens, new.open
+        if not block.done:
+            block.steps += 1
+            block.done = new.done
+            # What a decode counts, it counts until then: edits that come later are another matter.
+            block.state = self.fresh if new.done else new.state
+        return same
+
+    def _check_step(self, block: Block, new: Decided) -> None:
+        here, was, rules = f"the block at {block.start}", block.open, self.rules
+        changed = [i for i, (t, old) in enumerate(zip(new.tokens, block.tokens, strict=True)) if t != old]
+        kept = all(was[i] or (rules.edits and i >= block.given) for i in changed)
+        closed_only = all(before or not now for now, before in zip(new.open, was, strict=True))
+        if not kept or not (closed_only or (rules.reopens and not any(new.open[: block.given]))):
+            raise IntegrityError(f"{self.rid}: a step changed a fixed position of {here}")
+        if any(was) and sum(new.open) == sum(was) and not rules.reopens:
+            raise IntegrityError(f"{self.rid}: a step decided nothing in {here}")
+        if (new.done or block.done) and any(new.open):
+            raise IntegrityError(f"{self.rid}: {here} is done with open positions")
+        bound = self.block_size if rules.most_steps is None else rules.most_steps
+        if not block.done and block.steps + 1 + (not new.done) > bound:
+            raise IntegrityError(f"{self.rid}: more than {bound} steps on {here}")
 
     def _expect(self, move: str, *phases: Phase) -> None:
         if self.phase not in phases:

@@ -1,4 +1,4 @@
-"""The editing decode of LLaDA2.1 (its report; the reference loop is llada2/editing.py: generate_joint).
+"""The editing decode of LLaDA2.1 (its report; the reference loop is llada2/editing.py: JointBlock).
 
 A step decides every open position whose best token has probability > threshold (strictly), or if there is none the most
 confident open position, of equals the earliest. At the same time it replaces every editable position whose best

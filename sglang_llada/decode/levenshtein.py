@@ -1,4 +1,4 @@
-"""The inserting and deleting decode of LLaDA2.2 (the reference loop is llada2/editing.py: generate_levenshtein).
+"""The inserting and deleting decode of LLaDA2.2 (the reference loop is llada2/editing.py: LevenshteinBlock).
 
 To the editing of 2.1 come two tokens: DELETE drops its position and what follows moves up, SPLIT puts a new hole before
 the token that it stands for. The block stays T long: masks fill it up, or its end is cut. What is given never moves.

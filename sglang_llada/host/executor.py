@@ -8,6 +8,7 @@ captured CUDA graph decides inside it (graphs.py), every other one right after i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
-from sglang_llada.blocks import Plan, Request, RowKind
+from sglang_llada.blocks import Block, Decided, Plan, Request, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, pack, record
@@ -42,13 +43,10 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one DENOISE row decided, and its block's state; `tokens` is None if its logits were not finite."""
+    """What a step decided for each live block of a request; None if some of its logits were not finite."""
 
     request: Request[DecodeConfig]
-    tokens: list[int] | None
-    open: list[bool]
-    done: bool
-    state: list[int]
+    blocks: list[Decided] | None
 
 
 class Decider:
@@ -102,7 +100,7 @@ class Executor:
         elif output.can_run_graph:
             decided = output.logits_output.decided
         else:
-            count = int(sum(sum(map(bool, marks(row.request))) for row in denoise))
+            count = int(sum(sum(map(bool, marks(row.request, row.request.block_at(row.start)))) for row in denoise))
             decided = self.decide(output.logits_output.hidden_states, ids, table, count)
         return InFlight(plan, decided, output.can_run_graph)
 
@@ -112,20 +110,29 @@ class Executor:
             return []
         out = launched.decided
         denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
-        T = self.block_size
-        read = pack(out).cpu()[denoise].tolist()
-        return [
-            Decision(
-                request=launched.plan.rows[i].request,
-                tokens=None if row[0] < 0 else row[:T],
-                open=[bool(is_open) for is_open in row[T : 2 * T]],
-                done=bool(row[2 * T]),
-                state=row[2 * T + 1 :],
-            )
-            for i, row in zip(denoise, read, strict=True)
-        ]
+        read = iter(pack(out).cpu()[denoise].tolist())
+        requests = {launched.plan.rows[i].request.rid: launched.plan.rows[i].request for i in denoise}
+        return [self._decision(request, list(islice(read, len(request.blocks)))) for request in requests.values()]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _decision(self, request: Request[DecodeConfig], rows: list[list[int]]) -> Decision:
+        """From rows of pack(), one for each live block."""
+        if any(row[0] < 0 for row in rows):
+            return Decision(request, None)
+        T = self.block_size
+        return Decision(
+            request,
+            [
+                Decided(
+                    tokens=row[:T],
+                    open=[bool(is_open) for is_open in row[T : 2 * T]],
+                    done=bool(row[2 * T]),
+                    state=row[2 * T + 1 :],
+                )
+                for row in rows
+            ],
+        )
 
     def _to_device(self, plan: Plan, slots: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens [R * T], req_to_token rows [R], starts [R] and records [R, T + columns], through one copy."""
@@ -135,7 +142,8 @@ class Executor:
             flat += request.tokens_at(row.start)
             flat += (slot, row.start)
             if row.kind is RowKind.DENOISE:
-                flat += record(marks(request), request.block.state, request.params)
+                block = request.block_at(row.start)
+                flat += record(marks(request, block), block.state, request.params)
             else:
                 flat += self.decide.idle
         T = self.block_size
@@ -196,7 +204,7 @@ def tokens_of(facts: CheckpointFacts) -> Tokens:
     return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
 
 
-def marks(request: Request[DecodeConfig]) -> list[int]:
-    """What a step may do with each position of the live block."""
-    block, decided = request.block, EDITABLE if request.edits else FIXED
+def marks(request: Request[DecodeConfig], block: Block) -> list[int]:
+    """What a step may do with each position of a live block."""
+    decided = EDITABLE if request.rules.edits and not (block.done and request.rules.reopens) else FIXED
     return [FIXED if i < block.given else OPEN if is_open else decided for i, is_open in enumerate(block.open)]

@@ -22,6 +22,7 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCuda
 from torch import Tensor
 
 from sglang_llada.blocks import most_rows
+from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW
 from sglang_llada.decode.contract import StepOut
 from sglang_llada.host.arguments import facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider
@@ -92,11 +93,12 @@ def forward_rows(model_runner: Any) -> int:
     """The most rows that a forward of this model may have."""
     args = model_runner.server_args
     block_size = facts_of(args.model_path, args.revision).block_size
-    return most_rows(model_runner.req_to_token_pool.size, row_budget(args.chunked_prefill_size, block_size))
+    each = MOST_WINDOW + MOST_LIVE_BLOCKS
+    return most_rows(model_runner.req_to_token_pool.size, row_budget(args.chunked_prefill_size, block_size), each)
 
 
 def graph_rows(model_runner: Any) -> int:
-    """The most rows that a graph is captured for: what requests without prompts need."""
+    """The most rows that a graph is captured for: what requests with one live block and without prompts need."""
     return min(2 * model_runner.req_to_token_pool.size, forward_rows(model_runner))
 
 

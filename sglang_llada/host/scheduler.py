@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch, release_req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, ScheduleBatch, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.common import (
@@ -34,7 +34,7 @@ from sglang.srt.observability.req_time_stats import set_time_batch
 from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
-from sglang_llada.blocks import Ending, Phase, Plan, Request, Table, next_step
+from sglang_llada.blocks import Ending, Phase, Plan, Request, Rules, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.decide import fresh
 from sglang_llada.errors import IntegrityError
@@ -131,12 +131,12 @@ class LladaScheduler(Scheduler):
         for decision in decisions:
             if decision.request.phase is Phase.DONE:
                 continue  # ended while the step ran, by a stop string or an abort
-            if decision.tokens is None:
+            if decision.blocks is None:
                 self.reqs[decision.request.rid].to_finish = FINISH_ABORT(
                     "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
                 continue
-            decision.request.decide(decision.tokens, decision.open, decision.done, decision.state)
+            decision.request.decide(decision.blocks)
             self.unbooked.append(decision)
 
     def _launch(self) -> bool:
@@ -246,7 +246,7 @@ class LladaScheduler(Scheduler):
             request = self._new_request(req)
             self.table.add(request)
         req.refresh_fill_ids()
-        match = match_kv_cache(req, self.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=request.block.start)
+        match = match_kv_cache(req, self.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=request.live_from)
         if match.cache_protected_len is None:
             req.kv.cache_protected_len = req.prefix_len
         adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
@@ -261,10 +261,10 @@ class LladaScheduler(Scheduler):
             self.table.readmit(req.rid, req.prefix_len)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
-            self._ensure_pages(req, request.block.start + self.facts.block_size)
+            self._ensure_pages(req, request.live_to)
             if not req.retracted_stain:
                 req.cached_tokens = req.cached_tokens_device = req.prefix_len
-            self.processed_tokens_counter += request.block.start - request.filled
+            self.processed_tokens_counter += request.live_from - request.filled
         if reqs:
             set_time_batch(reqs, "set_forward_entry_time")
 
@@ -277,9 +277,16 @@ class LladaScheduler(Scheduler):
             stop_ids=stop_ids(req),
             params=params,
             fresh=self.fresh,
-            edits=params.edits,
-            reopens=params.reopens,
-            most_steps=params.most_steps,
+            rules=Rules(
+                edits=params.edits,
+                reopens=params.reopens,
+                whole_blocks=params.edits or not params.early_exit,
+                most_steps=params.most_steps,
+                max_nfe=params.max_nfe,
+                window=params.window,
+                live_blocks=params.live_blocks,
+                next_block_share=params.next_block_share,
+            ),
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,
         )
@@ -351,8 +358,11 @@ class LladaScheduler(Scheduler):
     def _update_finish(self, req: Any, new: int) -> bool:
         """Let the host judge new tokens, stop strings among them; whether there is anything to send."""
         request = self.table[req.rid]
-        if new or request.phase is Phase.DONE:
+        if new or req.to_finish:
             req.update_finish_state(new)
+        if request.ending is Ending.LENGTH and not req.finished():  # max_nfe, or no token was asked for
+            req.to_finish = FINISH_LENGTH(len(req.output_ids))
+            req.update_finish_state(0)
         if request.phase is Phase.DONE and not req.finished():
             raise IntegrityError(f"{req.rid}: blocks ended by {request.ending}, the host sees no end")
         return new > 0 or req.finished()

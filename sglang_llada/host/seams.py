@@ -263,6 +263,8 @@ SEAMS: tuple[Seam, ...] = (
     # Requests
     Seam("sglang.srt.managers.schedule_batch:FINISH_ABORT.__init__", Kind.USE, "(self, message, status_code, err_type)",
          "ends a request with an error", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:FINISH_LENGTH.__init__", Kind.USE, "(self, length)",
+         "ends a request whose steps are spent", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:ScheduleBatch._get_decode_retraction_order", Kind.USE, "(reqs)",
          "whom to retract when the pool is full", OWN_SCHEDULER),
     *fields("sglang.srt.managers.schedule_batch:ScheduleBatch",

@@ -9,12 +9,14 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang_llada.blocks import Table
 
 FORWARD_COUNTS = "dllm_forward_counts"
+STEPS = "dllm_steps"
 NFE = "dllm_nfe"
 
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
     """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer, in order; and with the last
-    output `meta_info["dllm_nfe"]`: a list of one number, the forwards that the request took part in at all.
+    output `meta_info["dllm_steps"]` and `meta_info["dllm_nfe"]`, each a list of one number: the decode steps, fewer than
+    the blocks' sum where several were live at once, and the forwards that the request took part in at all.
 
     The host's tokenizer process appends what each output brings, so a block is reported once, when it is decided or
     the request ends.
@@ -28,5 +30,6 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
         known = [(self.table.get(req.rid), req.finished()) for req in reqs]
         return {
             FORWARD_COUNTS: [[] if r is None else r.report_steps(ended=ended) for r, ended in known],
+            STEPS: [[] if r is None or not ended else [r.steps] for r, ended in known],
             NFE: [[] if r is None or not ended else [r.forwards] for r, ended in known],
         }

@@ -1,11 +1,15 @@
-"""The references of LLaDA2.1's and 2.2's editing decodes: all recomputed each step, positions walked over in Python."""
+"""The references of LLaDA2's decodes with anything but one live block that is never edited: all of 2.1's and 2.2's.
+
+Everything is recomputed each step, and positions are walked over in Python. What a step does with one block is a class
+for each algorithm; generate_blocks() moves the live blocks along.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,146 +17,225 @@ from sglang_llada.config import ALGORITHMS, DecodeConfig
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate, quota
 
+CANDIDATES, TRIED, SEEN = 5, 4, 64  # what is looked at and remembered; see LevenshteinBlock
+
+Candidates = list[list[tuple[int, float]]]  # of each position the best tokens and their probabilities, best first
+
+
+class LiveBlock(Protocol):
+    """A block while it is worked on: its tokens, which are open, and in which step (from 1) each was decided."""
+
+    ids: list[int]
+    decided_in: list[int]
+    gaps: list[float]  # of the last step: how far decisions were from going the other way
+
+    @property
+    def open(self) -> list[bool]:
+        """Which positions are open."""
+
+    def step(self, candidates: Candidates) -> bool:
+        """One step; returns whether it was the block's last."""
+
+    def edit(self, candidates: Candidates) -> None:
+        """One step after the last."""
+
 
 def generate_as(
     params: DecodeConfig, model: Llada2ForDiffusion, prompt_ids: list[int], max_new_tokens: int, facts: CheckpointFacts
 ) -> Generation:
     """The reference of whatever the parameters ask for."""
-    ids: dict[str, Any] = {"mask_id": facts.mask_id, "stop_ids": facts.stop_ids}
-    if params.algorithm == "levenshtein":
-        ids |= {"delete_id": facts.delete_id, "split_id": facts.split_id}
     values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm]}
-    loop = {"threshold": generate, "joint_threshold": generate_joint, "levenshtein": generate_levenshtein}
-    out: Generation = loop[params.algorithm](model, prompt_ids, max_new_tokens, **ids, **values)  # type: ignore[operator]
-    return out
+    names = {"window", "live_blocks", "next_block_share"} & values.keys()
+    window: dict[str, Any] = {name: values.pop(name) for name in names}
+    if params.algorithm == "threshold" and params.live_blocks == 1:
+        return generate(model, prompt_ids, max_new_tokens, mask_id=facts.mask_id, stop_ids=facts.stop_ids, **values)
+    window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids}
+    window["whole_blocks"] = params.edits or not values.pop("early_exit")
+    kind: Callable[..., LiveBlock] = {
+        "threshold": ThresholdBlock,
+        "joint_threshold": JointBlock,
+        "levenshtein": LevenshteinBlock,
+    }[params.algorithm]
+    ids = (facts.mask_id, facts.delete_id, facts.split_id) if params.algorithm == "levenshtein" else (facts.mask_id,)
+
+    def fresh(given: list[int]) -> LiveBlock:
+        return kind(given, params.block_size, *ids, **values)
+
+    return generate_blocks(model, prompt_ids, max_new_tokens, fresh, **window)
 
 
 @torch.no_grad()
-def generate_joint(
+def generate_blocks(
     model: Llada2ForDiffusion,
     prompt_ids: list[int],
     max_new_tokens: int,
+    fresh: Callable[[list[int]], LiveBlock],
     *,
-    mask_id: int,
+    whole_blocks: bool,
     stop_ids: Iterable[int] = (),
-    threshold: float = 0.7,
-    edit_threshold: float = 0.5,
-    max_post_edit_steps: int = 16,
+    window: int = 1,
+    live_blocks: int = 1,
+    next_block_share: float = 0.0,
+    max_nfe: int = 0,
 ) -> Generation:
-    """Joint-threshold decode of LLaDA2.1, greedy, one block after the other.
+    """Decode with a window of live blocks, all of which see one another's tokens as they stand.
 
-    A step decides every open position with probability > threshold, or the most confident one, and replaces every
-    decided position of the block, the prompt's excepted, whose best token is another one with probability >
-    edit_threshold. Steps that begin with nothing open are counted; the block is done when one changes nothing, and the
-    first past max_post_edit_steps changes nothing. The answer ends with the first stop token or the last allowed token
-    of a block that is done.
+    Each step is one for every live block that is not done, and edits for those that are. Then, in this order:
+
+    *   The answer is what follows the prompt up to the first open position, or if `whole_blocks` of the first blocks
+        that are done. It ends with a stop token or with the last allowed one, and after max_nfe steps (if not 0) with
+        what then stands before the first open position.
+    *   Of the first blocks that are done all but `window` - 1 leave: they will not change any more.
+    *   The next block begins, if fewer than `live_blocks` are live from the first one on that is not done, and the last
+        of them is done or has fewer open positions than `next_block_share` of it; not if a stop token has been decided
+        in a live block, or if nothing of it would count.
     """
     size, stops = model.config.block_size, frozenset(stop_ids)
-    known = list(prompt_ids)
-    limit = len(prompt_ids) + max_new_tokens
+    start = len(prompt_ids) // size * size
+    live, done, gone = [fresh(prompt_ids[start:])], [False], prompt_ids[:start]
+    gone_steps: list[int] = [0] * start
     out = Generation([], "length", 0)
-    while len(known) < limit:
-        start = len(known) // size * size
-        first = len(known) - start
-        block = known[start:] + [mask_id] * (size - first)
-        is_open = [i >= first for i in range(size)]
-        decided_in = [0] * size
-        step = post_edit_steps = 0
-        while True:
-            logits = model.block_causal(known[:start] + block)[start:]
-            out.forwards += 1
-            step += 1
-            probs = logits.softmax(-1)
-            logits[:, mask_id] = float("-inf")
-            best = [min(row.eq(row.max()).nonzero().flatten().tolist()) for row in logits]
-            conf = [probs[i, best[i]].item() for i in range(size)]
-            gaps = [1.0]  # to the nearest decision that could have gone the other way
-            candidates = sorted((i for i in range(size) if is_open[i]), key=lambda i: (-conf[i], i))
-            chosen = [i for i in candidates if conf[i] > threshold] or candidates[:1]
-            gaps += [abs(conf[i] - threshold) for i in candidates]
-            if candidates and conf[candidates[0]] <= threshold and len(candidates) > 1:
-                gaps.append(conf[candidates[0]] - conf[candidates[1]])
-            if not candidates:
-                post_edit_steps += 1
-            edited = []
-            if candidates or post_edit_steps <= max_post_edit_steps:
-                for i in range(first, size):
-                    if not is_open[i]:
-                        two = logits[i].topk(2).values
-                        gaps += [(two[0] - two[1]).item()] + [abs(conf[i] - edit_threshold)] * (best[i] != block[i])
-                        if best[i] != block[i] and conf[i] > edit_threshold:
-                            edited.append(i)
-            for i in chosen:
-                two = logits[i].topk(2).values
-                gaps.append((two[0] - two[1]).item())
-            out.margins.append(min(gaps))
-            for i in chosen + edited:
-                block[i], is_open[i], decided_in[i] = best[i], False, step
-            if not chosen and not edited:
-                break
-        keep = size
-        for i in range(first, size):
-            if block[i] in stops or start + i + 1 == limit:
-                keep = i + 1
-                break
-        known += block[first:keep]
-        out.token_ids += block[first:keep]
-        out.step_map += decided_in[first:keep]
-        if known[-1] in stops:
-            out.finish = "stop"
+    while max_new_tokens:
+        logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
+        out.forwards += 1
+        best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:CANDIDATES] for row in logits.tolist()]
+        scores = [[(i, p[i].item()) for i in ids] for p, ids in zip(logits.softmax(-1), best, strict=True)]
+        for i, block in enumerate(live):
+            mine = scores[i * size : (i + 1) * size]
+            if done[i]:
+                block.edit(mine)
+            else:
+                done[i] = block.step(mine)
+        out.margins.append(min(gap for block in live for gap in block.gaps))
+
+        spent = out.forwards == max_nfe
+        leading = (done + [False]).index(False)
+        counts = live[:leading] if whole_blocks and not spent else live
+        is_open = [hole for block in counts for hole in block.open] + [True]
+        tokens = gone + [token for block in counts for token in block.ids][: is_open.index(True)]
+        steps = gone_steps + [step for block in counts for step in block.decided_in]
+        answer = tokens[len(prompt_ids) :][:max_new_tokens]
+        end = next((i + 1 for i, token in enumerate(answer) if token in stops), None)
+        if end is not None or len(answer) == max_new_tokens or spent:
+            out.token_ids = answer[:end]
+            out.step_map = steps[len(prompt_ids) :][: len(out.token_ids)]
+            out.finish = "length" if end is None else "stop"
             break
+
+        while leading >= window:
+            block, leading = live.pop(0), leading - 1
+            done.pop(0)
+            gone, gone_steps = gone + block.ids, gone_steps + block.decided_in
+        limit = len(prompt_ids) + max_new_tokens
+        given = max(len(prompt_ids) - len(gone), 0)
+        decided = [token for block in live for token, hole in zip(block.ids, block.open, strict=True) if not hole][
+            given:
+        ]
+        if not live or (
+            len(live) - leading < live_blocks
+            and (done[-1] or sum(live[-1].open) < next_block_share * size)
+            and len(gone) + len(live) * size < limit
+            and stops.isdisjoint(decided)
+        ):
+            live.append(fresh([]))
+            done.append(False)
     return out
 
 
-CANDIDATES, TRIED, SEEN = 5, 4, 64  # what is looked at and remembered; see generate_levenshtein
-
-
-@torch.no_grad()
-def generate_levenshtein(
-    model: Llada2ForDiffusion,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    *,
-    mask_id: int,
-    delete_id: int,
-    split_id: int,
-    stop_ids: Iterable[int] = (),
-    **params: Any,
-) -> Generation:
-    """Inserting and deleting decode of LLaDA2.2, greedy, one block after the other; params as for LevenshteinBlock."""
-    size, stops = model.config.block_size, frozenset(stop_ids)
-    known = list(prompt_ids)
-    limit = len(prompt_ids) + max_new_tokens
-    out = Generation([], "length", 0)
-    while len(known) < limit:
-        start = len(known) // size * size
-        first = len(known) - start
-        block = LevenshteinBlock(known[start:], size, mask_id, delete_id, split_id, **params)
-        done = False
-        while not done:
-            logits = model.block_causal(known[:start] + block.ids)[start:]
-            out.forwards += 1
-            probs = logits.softmax(-1)
-            best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:CANDIDATES] for row in logits.tolist()]
-            done = block.step([[(i, row[i].item()) for i in ids] for row, ids in zip(probs, best, strict=True)])
-            out.margins.append(min(block.gaps))
-        keep = size
-        for i in range(first, size):
-            if block.ids[i] in stops or start + i + 1 == limit:
-                keep = i + 1
-                break
-        known += block.ids[first:keep]
-        out.token_ids += block.ids[first:keep]
-        if known[-1] in stops:
-            out.finish = "stop"
-            break
-    return out
-
-
-def gap(candidates: list[tuple[int, float]]) -> float:
+def logit_gap(candidates: list[tuple[int, float]]) -> float:
     """Difference in logit of the two best."""
     (_, best), (_, next_best) = candidates[:2]
     return math.log(max(best, 1e-30)) - math.log(max(next_best, 1e-30))
+
+
+class ThresholdBlock:
+    """A block under the threshold decode of LLaDA2.0; see reference.generate."""
+
+    def __init__(self, given: list[int], size: int, mask_id: int, *, threshold: float, steps: int) -> None:
+        self.given, self.size, self.mask_id = len(given), size, mask_id
+        self.threshold, self.steps = threshold, steps
+        self.ids = given + [mask_id] * (size - len(given))
+        self.open = [i >= self.given for i in range(size)]
+        self.decided_in = [0] * size
+        self.step_index = 0
+        self.gaps: list[float] = []
+
+    def edit(self, candidates: Candidates) -> None:
+        """Nothing is edited."""
+        self.gaps = [1.0]
+
+    def step(self, candidates: Candidates) -> bool:
+        """One step; returns whether it was the block's last."""
+        allowed = [[(t, p) for t, p in each if t != self.mask_id] for each in candidates]
+        token, conf = map(list, zip(*(each[0] for each in allowed), strict=True))
+        order = sorted((i for i in range(self.size) if self.open[i]), key=lambda i: (-conf[i], i))
+        least = min(quota(self.step_index, self.size, self.steps), len(order))
+        sure = [i for i in order if conf[i] > self.threshold]
+        chosen = sure if len(sure) >= least else order[:least]
+        self.step_index += 1
+        self.gaps = [1.0] + [abs(conf[i] - self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
+        if len(sure) < least < len(order):
+            self.gaps.append(conf[order[least - 1]] - conf[order[least]])
+        for i in chosen:
+            self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
+        return not any(self.open)
+
+
+class JointBlock:
+    """A block under the editing decode of LLaDA2.1.
+
+    A step decides every open position with probability > threshold, or the most confident one, and replaces every
+    decided position, the prompt's excepted, whose best token is another one with probability > edit_threshold. Steps
+    that begin with nothing open are counted; the block is done when one changes nothing, and the first past
+    max_post_edit_steps changes nothing. Once done it is still edited, as long as it is live, in as many steps as there
+    are; unless max_post_edit_steps is 0.
+    """
+
+    def __init__(
+        self,
+        given: list[int],
+        size: int,
+        mask_id: int,
+        *,
+        threshold: float,
+        edit_threshold: float,
+        max_post_edit_steps: int,
+    ) -> None:
+        self.given, self.size, self.mask_id = len(given), size, mask_id
+        self.threshold, self.edit_threshold, self.budget = threshold, edit_threshold, max_post_edit_steps
+        self.ids = given + [mask_id] * (size - len(given))
+        self.open = [i >= self.given for i in range(size)]
+        self.decided_in = [0] * size
+        self.step_index = self.post_edit_steps = 0
+        self.gaps: list[float] = []
+
+    def edit(self, candidates: Candidates) -> None:
+        """One step after the last."""
+        self.post_edit_steps = 0
+        self.step(candidates)
+
+    def step(self, candidates: Candidates) -> bool:
+        """One step; returns whether it was the block's last."""
+        allowed = [[(t, p) for t, p in each if t != self.mask_id] for each in candidates]
+        token, conf = map(list, zip(*(each[0] for each in allowed), strict=True))
+        order = sorted((i for i in range(self.size) if self.open[i]), key=lambda i: (-conf[i], i))
+        chosen = [i for i in order if conf[i] > self.threshold] or order[:1]
+        self.step_index += 1
+        self.gaps = [1.0] + [abs(conf[i] - self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
+        if len(order) > 1 and conf[order[0]] <= self.threshold:
+            self.gaps.append(conf[order[0]] - conf[order[1]])
+        edited = []
+        if not order:
+            self.post_edit_steps += 1
+        if order or self.post_edit_steps <= self.budget:
+            decided = [i for i in range(self.given, self.size) if not self.open[i]]
+            differ = [i for i in decided if token[i] != self.ids[i]]
+            self.gaps += [logit_gap(allowed[i]) for i in decided]
+            self.gaps += [abs(conf[i] - self.edit_threshold) for i in differ]
+            edited = [i for i in differ if conf[i] > self.edit_threshold]
+        for i in chosen + edited:
+            self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
+        return not chosen and not edited
 
 
 class LevenshteinBlock:
@@ -191,12 +274,22 @@ class LevenshteinBlock:
         self.budget, self.cumulative = max_post_edit_steps, cumulative_budget
         self.ids = given + [mask_id] * (size - len(given))
         self.original = [True] * size
+        self.decided_in = [0] * size
         self.step_index = self.post_edit_steps = 0
         self.tried: list[list[int]] = [[] for _ in range(size)]
         self.seen: list[list[int]] = []
         self.gaps: list[float] = []
 
-    def step(self, candidates: list[list[tuple[int, float]]]) -> bool:
+    @property
+    def open(self) -> list[bool]:
+        """Where its holes are."""
+        return [i >= self.given and token == self.mask_id for i, token in enumerate(self.ids)]
+
+    def edit(self, candidates: Candidates) -> None:
+        """Once done it stays as it is: an edit could open it again."""
+        self.gaps = [1.0]
+
+    def step(self, candidates: Candidates) -> bool:
         """One step; returns whether it was the block's last."""
         size, given = self.size, self.given
         holes = [i for i in range(given, size) if self.ids[i] == self.mask_id]
@@ -225,7 +318,7 @@ class LevenshteinBlock:
         edited = [i for i in decided if token[i] != self.ids[i] and conf[i] > self.edit_threshold]
         self.gaps += [abs(conf[i] - self.edit_threshold) for i in decided if token[i] != self.ids[i]]
         written = taken + edited
-        self.gaps += [gap(allowed(i)) for i in taken + decided]
+        self.gaps += [logit_gap(allowed(i)) for i in taken + decided]
 
         if self.ids in self.seen and not last:
             changing = sorted((i for i in written if token[i] != self.ids[i]), key=lambda i: (conf[i], i))
@@ -233,7 +326,7 @@ class LevenshteinBlock:
                 weakest = changing[0]
                 if len(changing) > 1:
                     self.gaps.append(conf[changing[1]] - conf[weakest])
-                self.gaps += [gap(list(two)) for two in pairwise(allowed(weakest))]
+                self.gaps += [logit_gap(list(two)) for two in pairwise(allowed(weakest))]
                 fresh = [t for t, _ in allowed(weakest) if t not in self.tried[weakest]]
                 token[weakest] = fresh[0] if fresh else token[weakest]
         self.seen = ([list(self.ids)] + self.seen)[:SEEN]
@@ -241,15 +334,16 @@ class LevenshteinBlock:
             if token[i] not in self.tried[i]:
                 self.tried[i] = ([token[i]] + self.tried[i])[:TRIED]
 
-        result: list[tuple[int, bool]] = []
-        for i in range(size):
-            if i not in written:
-                result.append((self.ids[i], self.original[i]))
-            elif token[i] == self.split_id:
-                result += [(self.mask_id, False), (self.ids[i], self.original[i])]
-            elif token[i] != self.delete_id:
-                result.append((token[i], self.original[i]))
-        result = (result + [(self.mask_id, False)] * size)[:size]
-        self.ids, self.original = [t for t, _ in result], [o for _, o in result]
         self.step_index += 1
+        result: list[tuple[int, bool, int]] = []
+        for i in range(size):
+            as_it_was = (self.ids[i], self.original[i], self.decided_in[i])
+            if i not in written:
+                result.append(as_it_was)
+            elif token[i] == self.split_id:
+                result += [(self.mask_id, False, 0), as_it_was]
+            elif token[i] != self.delete_id:
+                result.append((token[i], self.original[i], self.step_index))
+        result = (result + [(self.mask_id, False, 0)] * size)[:size]
+        self.ids, self.original, self.decided_in = map(list, zip(*result, strict=True))
         return last or not written

@@ -221,13 +221,16 @@ def generate(
     stop_ids: Iterable[int] = (),
     threshold: float = 0.95,
     steps: int = 32,
+    early_exit: bool = True,
+    max_nfe: int = 0,
 ) -> Generation:
     """Threshold decode of LLaDA2.0, greedy, one block of `config.block_size` after the other.
 
     A step decides every open position whose best token has probability > threshold (strictly), and at least the
     quota's most confident ones (of equals the earliest position). The best token is never the mask; of equals it is
     the lowest id; its probability is over the full vocabulary. The answer is complete, and no further step is made,
-    as soon as a stop token or the last allowed token has been decided with nothing open before it.
+    as soon as a stop token or the last allowed token has been decided with nothing open before it; without early_exit
+    not before nothing of its block is open. After max_nfe steps (if not 0) it ends before the first open position.
     """
     size, stops = model.config.block_size, frozenset(stop_ids)
     known = list(prompt_ids)
@@ -256,16 +259,29 @@ def generate(
             for i in chosen:
                 block[i], is_open[i], decided_in[i] = best[i], False, step + 1
             end = _answer_end(block, is_open, first, limit - start, stops)
-            if end is not None or not any(is_open):
+            if (end is not None and early_exit) or not any(is_open) or out.forwards == max_nfe:
                 break
-        keep = size if end is None else end
-        known += block[first:keep]
-        out.token_ids += block[first:keep]
-        out.step_map += decided_in[first:keep]
-        if end is not None:
-            out.finish = "stop" if block[end - 1] in stops else "length"
+        if _take(out, block[first:], is_open[first:], decided_in[first:], max_new_tokens, stops):
+            break
+        known = list(prompt_ids) + out.token_ids
+        if out.forwards == max_nfe:
             break
     return out
+
+
+def _take(
+    out: Generation, tokens: list[int], is_open: list[bool], step_map: list[int], limit: int, stops: frozenset[int]
+) -> bool:
+    """Add a block's tokens up to the first open one, to the first stop token or to the limit; whether it is stopped."""
+    for token, is_hole, step in zip(tokens, is_open, step_map, strict=True):
+        if is_hole or len(out.token_ids) == limit:
+            break
+        out.token_ids.append(token)
+        out.step_map.append(step)
+        if token in stops:
+            out.finish = "stop"
+            return True
+    return False
 
 
 def _answer_end(block: list[int], is_open: list[bool], first: int, limit: int, stops: frozenset[int]) -> int | None:

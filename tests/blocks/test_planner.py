@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_llada.blocks import Request, RowKind, Table, next_step
+from sglang_llada.blocks import Decided, Request, RowKind, Rules, Table, next_step
 
 T, MASK = 4, 0
+PLAIN = Rules()
 FILL, DENOISE, SEAL = RowKind.FILL, RowKind.DENOISE, RowKind.SEAL
 
 
-def admitted(table: Table, rid: str, prompt: int, cached: int = 0, max_new_tokens: int = 20) -> Request[None]:
-    request: Request[None] = Request(rid, [7] * prompt, max_new_tokens, frozenset(), None, T, MASK)
+def admitted(
+    table: Table, rid: str, prompt: int, cached: int = 0, max_new_tokens: int = 20, rules: Rules = PLAIN
+) -> Request[None]:
+    request: Request[None] = Request(rid, [7] * prompt, max_new_tokens, frozenset(), None, T, MASK, rules=rules)
     table.add(request)
     table.readmit(rid, cached)
     return request
@@ -25,9 +28,10 @@ def step(table: Table, budget: int = 100) -> None:
     """Run a plan that decides every block whole."""
     plan = next_step(table.running(), budget)
     table.advance(plan)
-    for row in plan.of(DENOISE):
-        tokens = [7 if t == MASK else t for t in row.request.block.tokens]
-        row.request.decide(tokens, [False] * T, True)
+    for request in {row.request.rid: row.request for row in plan.of(DENOISE)}.values():
+        request.decide(
+            [Decided([7 if t == MASK else t for t in block.tokens], [False] * T, True) for block in request.blocks]
+        )
 
 
 def test_a_long_prompt_and_its_first_decode_step_are_one_forward() -> None:
@@ -63,7 +67,7 @@ def test_the_block_that_ends_a_request_is_not_sealed() -> None:
 def test_a_prompt_is_split_by_the_budget_and_its_first_step_needs_a_row(budget: int, forwards: list[int]) -> None:
     table, seen = Table(), []
     request = admitted(table, "a", prompt=13)
-    while request.block.steps == 0 and len(request.output) == 0:
+    while request.steps == 0:
         seen.append(len(rows(table, budget)))
         step(table, budget)
     assert seen == forwards
@@ -102,3 +106,24 @@ def test_a_request_for_no_token_only_fills() -> None:
     table = Table()
     admitted(table, "a", prompt=9, max_new_tokens=0)
     assert rows(table) == [("a", FILL, 0), ("a", FILL, 4)]
+
+
+def test_live_blocks_are_rows_of_one_forward_behind_the_seals_of_those_that_left() -> None:
+    table = Table()
+    admitted(table, "a", prompt=1, rules=Rules(edits=True, whole_blocks=True, window=2))
+    step(table)
+    assert rows(table) == [("a", DENOISE, 0), ("a", DENOISE, 4)]
+    step(table)
+    assert rows(table) == [("a", DENOISE, 4), ("a", DENOISE, 8)], "its last step had not changed the block that left"
+    table["a"].decide([Decided([6] * T, [False] * T, True), Decided([7] * T, [False] * T, True)])
+    assert rows(table) == [("a", SEAL, 4), ("a", DENOISE, 8), ("a", DENOISE, 12)]
+
+
+def test_a_newcomers_live_blocks_wait_until_all_of_them_fit() -> None:
+    table = Table()
+    request = admitted(table, "a", prompt=5, rules=Rules(edits=True, whole_blocks=True, window=2))
+    step(table)
+    request.retract()
+    table.readmit("a", 0)
+    assert rows(table, budget=2) == [("a", FILL, 0)]
+    assert rows(table, budget=3) == [("a", FILL, 0), ("a", DENOISE, 4), ("a", DENOISE, 8)]

@@ -7,9 +7,20 @@ from collections import Counter
 
 import pytest
 
-from sglang_llada.blocks import Ending, Phase, Request, RowKind, Table, most_rows, next_step
+from sglang_llada.blocks import Decided, Ending, Phase, Request, RowKind, Rules, Table, most_rows, next_step
 
 T, MASK, EOS, VOCAB = 4, 0, 1, 12
+STEPS = 9  # of a block where tokens may be edited
+RULES = [
+    Rules(),
+    Rules(whole_blocks=True),
+    Rules(live_blocks=3, next_block_share=0.6),
+    Rules(edits=True, whole_blocks=True, most_steps=STEPS),
+    Rules(edits=True, whole_blocks=True, most_steps=STEPS, window=3),
+    Rules(edits=True, whole_blocks=True, most_steps=STEPS, window=2, live_blocks=2, next_block_share=1.0),
+    Rules(edits=True, reopens=True, whole_blocks=True, most_steps=STEPS, live_blocks=2, next_block_share=0.3),
+]
+EACH = max(rules.window + rules.live_blocks for rules in RULES)
 
 
 def answer(rid: str, position: int) -> int:
@@ -28,13 +39,34 @@ def expected(request: Request[None]) -> list[int]:
     return out
 
 
-def denoise(request: Request[None], rng: random.Random) -> tuple[list[int], list[bool]]:
-    """A fake step: decides at least one open position, chosen at random."""
-    block = request.block
-    holes = [i for i, is_open in enumerate(block.open) if is_open]
-    chosen = set(rng.sample(holes, rng.randint(1, len(holes))))
-    tokens = [answer(request.rid, block.start + i) if i in chosen else t for i, t in enumerate(block.tokens)]
-    return tokens, [is_open and i not in chosen for i, is_open in enumerate(block.open)]
+def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
+    """A fake step: decides at least one open position of each live block, or edits it, in the end to the answer.
+
+    Where tokens may be edited they are wrong at first, and where blocks may open again holes come back; a block whose
+    bound is near gets its answer.
+    """
+    out = []
+    for block in request.blocks:
+        right = [
+            token if i < block.given else answer(request.rid, block.start + i) for i, token in enumerate(block.tokens)
+        ]
+        holes = [i for i, is_open in enumerate(block.open) if is_open]
+        tokens, still_open = list(block.tokens), list(block.open)
+        last = not block.done and request.rules.edits and block.steps + 2 >= STEPS
+        fixed = block.done and (request.rules.reopens or not request.rules.edits)
+        for i in holes if last else rng.sample(holes, rng.randint(min(1, len(holes)), len(holes))):
+            tokens[i], still_open[i] = right[i], False
+            if request.rules.edits and not last and rng.random() < 0.3:
+                tokens[i] = rng.randrange(VOCAB)
+        if request.rules.edits and not fixed:
+            for i in range(block.given, T):
+                if not block.open[i] and (last or block.done or rng.random() < 0.5):
+                    tokens[i] = right[i]
+                elif not block.open[i] and request.rules.reopens and rng.random() < 0.1:
+                    tokens[i], still_open[i] = MASK, True
+        settled = not request.rules.edits or (tokens == right and rng.random() < 0.5)
+        out.append(Decided(tokens, still_open, block.done or (not any(still_open) and (settled or last))))
+    return out
 
 
 class Pool:
@@ -73,7 +105,8 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
                 rid = arrivals.pop()
                 prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3, 4, 5, 8, 17, 40]))]
                 stops = frozenset({EOS}) if rng.random() < 0.8 else frozenset()
-                table.add(Request(rid, prompt, rng.choice([0, 1, 4, 7, 30]), stops, None, T, MASK))
+                limit, rules = rng.choice([0, 1, 4, 7, 30]), rng.choice(RULES)
+                table.add(Request(rid, prompt, limit, stops, None, T, MASK, rules=rules))
                 waiting.append(rid)
                 born[rid] = turn  # time-outs count from here
         for request in list(table):  # aborts at any moment, and time-outs
@@ -84,13 +117,13 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
                 waiting = [rid for rid in waiting if rid != request.rid]
         while waiting and len(table.running()) < slots:
             request = table[waiting[0]]
-            if not pool.grow(request.rid, request.block.start + T):
+            if not pool.grow(request.rid, request.live_to):
                 pool.free(request.rid)
                 break
-            table.readmit(waiting.pop(0), cached=rng.randrange(request.block.start // T + 1) * T)
+            table.readmit(waiting.pop(0), cached=rng.randrange(request.live_from // T + 1) * T)
         while True:  # plan; retract the youngest until the rest has its pages
             plan = next_step(table.running(), budget)
-            assert len(plan.rows) <= most_rows(len(table.running()), budget)
+            assert len(plan.rows) <= most_rows(len(table.running()), budget, EACH)
             if all([pool.grow(row.request.rid, row.start + T) for row in plan.rows]):
                 break
             victim = table.running()[-1]
@@ -99,8 +132,10 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
             waiting.insert(0, victim.rid)
             ended["retracted"] += 1
         table.advance(plan)
-        for row in plan.of(RowKind.DENOISE):
-            row.request.decide(*(news := denoise(row.request, rng)), not any(news[1]))
+        for request in {row.request.rid: row.request for row in plan.of(RowKind.DENOISE)}.values():
+            before = list(request.output)
+            committed = request.decide(denoise(request, rng))
+            assert request.output[: len(before)] == before and committed == len(request.output) - len(before)
         table.check_integrity(pool.held)
         for request in list(table):
             if request.phase is Phase.DONE:

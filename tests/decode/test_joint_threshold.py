@@ -1,4 +1,4 @@
-"""The editing step of LLaDA2.1 against its rules written as a loop, and its bound on steps."""
+"""The editing step of LLaDA2.1 against its reference, and its bound on steps."""
 
 from __future__ import annotations
 
@@ -10,29 +10,9 @@ import torch
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import joint_threshold
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, Tokens
+from sglang_llada.llada2.editing import JointBlock
 
 MASK, VOCAB, T = 9, 5, 32
-
-
-def rule(
-    ids: list[int], is_open: list[bool], editable: list[bool], token: list[int], prob: list[float], edits: int,
-    at: float, edit_at: float, budget: int,
-) -> tuple[list[int], list[bool], int, bool]:  # fmt: skip
-    """One step on one row: ids, open, edits, done."""
-    ids, is_open = list(ids), list(is_open)
-    holes = [i for i in range(len(ids)) if is_open[i]]
-    writes = []
-    if not holes:
-        edits += 1
-        if edits > budget:
-            return ids, is_open, edits, True
-    else:
-        sure = [i for i in holes if prob[i] > at]
-        writes = sure or [min(holes, key=lambda i: (-prob[i], i))]
-    writes += [i for i in range(len(ids)) if editable[i] and token[i] != ids[i] and prob[i] > edit_at]
-    for i in writes:
-        ids[i], is_open[i] = token[i], False
-    return ids, is_open, edits, not writes
 
 
 def test_random_rows_equal_the_rule_and_do_not_depend_on_their_neighbours() -> None:
@@ -69,10 +49,12 @@ def test_random_rows_equal_the_rule_and_do_not_depend_on_their_neighbours() -> N
     finished = 0
     for r in range(rows):
         i, o, e, t, p, _, d, a, ea, b = (x[r] for x in lists)
-        want = rule(i, o, e, t, p, d, a, ea, b)
-        got = (out.ids[r].tolist(), out.open[r].tolist(), int(out.state.edits[r]), bool(out.done[r]))
-        assert got == want
-        finished += want[3]
+        block = JointBlock([], T, MASK, threshold=a, edit_threshold=ea, max_post_edit_steps=b)
+        block.given, block.ids, block.open, block.post_edit_steps = T - sum(o) - sum(e), i, o, d
+        done = block.step([[best, best] for best in zip(t, p, strict=True)])
+        want = (block.ids, block.open, block.post_edit_steps, done)
+        assert (out.ids[r].tolist(), out.open[r].tolist(), int(out.state.edits[r]), bool(out.done[r])) == want
+        finished += done
     assert rows * 0.05 < finished < rows * 0.95
     assert torch.equal(out.state.step, made + 1)
     order = torch.randperm(rows)

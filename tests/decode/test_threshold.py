@@ -8,7 +8,7 @@ import torch
 
 from sglang_llada.decode import threshold
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, Tokens
-from sglang_llada.llada2.reference import quota
+from sglang_llada.llada2.editing import ThresholdBlock
 
 MASK = 9
 
@@ -84,7 +84,7 @@ def test_nothing_open_changes_nothing() -> None:
 def test_random_rows_equal_the_reference_rule_and_do_not_depend_on_their_neighbours() -> None:
     rng = random.Random(0)
     torch.manual_seed(0)
-    size, rows = 32, 4000
+    size, rows = 32, 12_000
     prob = (torch.randint(0, 40, (rows, size)) / 39).float()  # many ties, some at a threshold
     token, ids = torch.randint(0, 8, (rows, size)), torch.full((rows, size), MASK)
     is_open = torch.rand(rows, size) < torch.rand(rows, 1)
@@ -97,15 +97,11 @@ def test_random_rows_equal_the_reference_rule_and_do_not_depend_on_their_neighbo
     out = threshold.step(*arguments)
     assert all(map(torch.equal, before, (ids, is_open, token, prob, made, at, steps))), "an argument was changed"
     for r in range(rows):
-        candidates = [i for i in range(size) if is_open[r, i]]
-        least = min(quota(int(made[r]), size, int(steps[r])), len(candidates))
-        sure = [i for i in candidates if prob[r, i] > at[r]]
-        forced = sorted(candidates, key=lambda i: (-prob[r, i].item(), i))[:least]
-        chosen = set(sure if len(sure) >= least else forced)
-        want_ids = [int(token[r, i]) if i in chosen else MASK for i in range(size)]
-        assert out.ids[r].tolist() == want_ids
-        assert out.open[r].tolist() == [bool(is_open[r, i]) and i not in chosen for i in range(size)]
-        assert not candidates or chosen
+        block = ThresholdBlock([], size, MASK, threshold=at[r].item(), steps=int(steps[r]))
+        block.open, block.step_index = is_open[r].tolist(), int(made[r])
+        done = block.step([[(t, p), (t, p)] for t, p in zip(token[r].tolist(), prob[r].tolist(), strict=True)])
+        assert (out.ids[r].tolist(), out.open[r].tolist(), bool(out.done[r])) == (block.ids, block.open, done)
+        assert done or block.open != is_open[r].tolist()
     order = torch.randperm(rows)
     alone = threshold.step(
         BlockRows(ids[order], is_open[order], ~is_open[order]),

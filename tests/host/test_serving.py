@@ -176,7 +176,7 @@ def test_prompts_that_arrive_delay_no_running_request_by_a_step(server: Server, 
         metas = [each.result()["meta_info"] for each in decoding]
         assert all(each.result()["meta_info"]["completion_tokens"] == 4 for each in filling)
     for meta in metas:
-        assert meta["dllm_nfe"] == [sum(meta["dllm_forward_counts"])], "every forward decided something"
+        assert meta["dllm_nfe"] == meta["dllm_steps"] == [sum(meta["dllm_forward_counts"])], "every forward decided"
 
 
 # --- the prefix cache -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_llada.llada2.editing import JointBlock, ThresholdBlock, generate_blocks
 from sglang_llada.llada2.reference import block_causal_mask, generate, quota
 from tests.toy import make_config, make_model
 
@@ -120,3 +121,61 @@ def test_exactly_max_new_tokens_whatever_the_prompts_edge(prompt: list[int]) -> 
     out = decode(Scripted([1] * 16, [0.99] * 16), prompt, 5)
     assert out.token_ids == [1] * 5
     assert len(out.margins) == out.forwards == (len(prompt) + 4) // T - len(prompt) // T + 1
+
+
+def test_after_max_nfe_steps_the_answer_ends_before_the_first_open_position() -> None:
+    network = Scripted([1, 2, 3, 4], [0.9, 0.2, 0.8, 0.7])
+    out = decode(network, [], 8, threshold=0.95, steps=4, max_nfe=3)
+    assert (out.token_ids, out.forwards, out.finish) == ([1], 3, "length")
+
+
+def test_without_early_exit_the_block_of_a_stop_is_finished() -> None:
+    network = Scripted([1, STOP, 3, 4], [0.99, 0.99, 0.3, 0.2])
+    out = decode(network, [], 8, threshold=0.9, early_exit=False)
+    assert (out.token_ids, out.finish, out.forwards) == ([1, STOP], "stop", 3)
+
+
+def in_blocks(network: Any, prompt: list[int], new: int, **window: Any) -> Any:
+    def fresh(given: list[int]) -> ThresholdBlock:
+        return ThresholdBlock(given, T, MASK, threshold=0.9, steps=T)
+
+    return generate_blocks(network, prompt, new, fresh, stop_ids=[STOP], whole_blocks=False, **window)
+
+
+@pytest.mark.parametrize("prompt", [[], [5], [5, MASK], [1, 2, 3, 4], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("new", [0, 1, 5, 11])
+def test_one_live_block_is_the_plain_decode(prompt: list[int], new: int) -> None:
+    generator = torch.Generator().manual_seed(len(prompt) + new)
+    tokens = torch.randint(0, VOCABULARY, (20,), generator=generator).tolist()
+    network = Scripted(tokens, torch.rand(20, generator=generator).tolist())
+    one, other = decode(network, prompt, new, threshold=0.9, steps=T), in_blocks(network, prompt, new)
+    assert (one.token_ids, one.forwards, one.finish, one.step_map) == (
+        other.token_ids, other.forwards, other.finish, other.step_map,
+    )  # fmt: skip
+    assert one.margins == pytest.approx(other.margins, abs=1e-5)
+
+
+def test_live_blocks_are_decided_at_once_and_shown_together() -> None:
+    network = Scripted([1, 2, 3, 4, 5, 1, 2, 3], [0.99, 0.2, 0.3, 0.99, 0.99, 0.99, 0.2, 0.99])
+    out = in_blocks(network, [], 8, live_blocks=2, next_block_share=1.0)
+    assert (out.token_ids, out.forwards) == ([1, 2, 3, 4, 5, 1, 2, 3], 3)
+    assert network.shown == [[MASK] * 4, [1, MASK, MASK, 4] + [MASK] * 4, [1, MASK, 3, 4, 5, 1, MASK, 3]]
+    assert in_blocks(network, [], 8, live_blocks=2, next_block_share=0.5).forwards == 4
+
+
+def test_a_block_in_the_window_is_edited_while_the_next_one_is_decided() -> None:
+    """A network that says 1 everywhere until it sees five of them, then 2 in the first block."""
+
+    class Fickle(Scripted):
+        def block_causal(self, ids: list[int]) -> Tensor:
+            self.tokens = [2 if ids.count(1) > T else 1] * T + [1] * T
+            return super().block_causal(ids)
+
+    def fresh(given: list[int]) -> JointBlock:
+        return JointBlock(given, T, MASK, threshold=0.5, edit_threshold=0.5, max_post_edit_steps=3)
+
+    texts = [
+        generate_blocks(Fickle([], [0.9] * 8), [], 8, fresh, whole_blocks=True, window=window).token_ids
+        for window in (1, 2)
+    ]
+    assert texts == [[1] * 8, [2] * 4 + [1] * 4]
