@@ -15,8 +15,8 @@ NFE = "dllm_nfe"
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
     """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer, in order; and with the last
-    output `meta_info["dllm_steps"]` and `meta_info["dllm_nfe"]`, each a list of one number: the decode steps, fewer than
-    the blocks' sum where several were live at once, and the forwards that the request took part in at all.
+    output `meta_info["dllm_steps"]` and `meta_info["dllm_nfe"]`, each a list of one number: the decode steps, fewer
+    than the blocks' sum where several were live at once, and the forwards that the request took part in at all.
 
     The host's tokenizer process appends what each output brings, so a block is reported once, when it is decided or
     the request ends.

@@ -98,8 +98,9 @@ def generate_blocks(
     while max_new_tokens:
         logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
         out.forwards += 1
-        best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:CANDIDATES] for row in logits.tolist()]
-        scores = [[(i, p[i].item()) for i in ids] for p, ids in zip(logits.softmax(-1), best, strict=True)]
+        best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :CANDIDATES]  # of equals the lowest id
+        chances = logits.softmax(-1).gather(1, best)
+        scores = [list(zip(*each, strict=True)) for each in zip(best.tolist(), chances.tolist(), strict=True)]
         for i, block in enumerate(live):
             mine = scores[i * size : (i + 1) * size]
             if done[i]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,16 @@ class Server:
         with ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(lambda ids: self.generate(ids, max_new_tokens, **options), prompts))
 
+    def stream(self, input_ids: list[int], max_new_tokens: int, **options: Any) -> dict[str, Any]:
+        """As generate, streamed; the last event, which everything before it must lead up to without a change."""
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, **options}
+        body = {"input_ids": input_ids, "stream": True, "sampling_params": sampling}
+        seen = events(self.post("/generate", body, stream=True))
+        for earlier, later in pairwise(seen):
+            for field in ("text", "output_ids"):
+                assert later[field][: len(earlier[field])] == earlier[field], f"retracted: {earlier}, then {later}"
+        return seen[-1]
+
     def post(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> requests.Response:
         """POST a JSON body."""
         return requests.post(self.url + path, json=body or {}, timeout=200, **options)
@@ -70,6 +82,12 @@ class Server:
     def load(self) -> dict[str, Any]:
         """What the scheduler says of itself."""
         return requests.get(self.url + "/v1/loads", timeout=20).json()["loads"][0]
+
+
+def events(reply: requests.Response) -> list[dict[str, Any]]:
+    """The JSON events of a stream of /generate."""
+    lines = [line.removeprefix(b"data: ") for line in reply.iter_lines() if line]
+    return [json.loads(line) for line in lines if line != b"[DONE]"]
 
 
 def free_port() -> int:

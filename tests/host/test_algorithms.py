@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -22,23 +25,25 @@ from tests.host.serving import Server, serving
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-llada2.2"  # which knows them all
+# Decides rashly, so that there is something to edit.
+RASH = {"algorithm": "joint_threshold", "threshold": 0.0, "edit_threshold": 0.0, "max_post_edit_steps": 40}
 WAYS: dict[str, dict[str, Any]] = {
     "threshold": {"algorithm": "threshold"},
-    "quality": {"algorithm": "joint_threshold"},
-    # Decides rashly, so that there is something to edit.
-    "rash": {"algorithm": "joint_threshold", "threshold": 0.0, "edit_threshold": 0.0, "max_post_edit_steps": 2},
-    "levenshtein": {},
     "no early exit": {"algorithm": "threshold", "early_exit": False},
     "few steps": {"algorithm": "threshold", "max_nfe": 2},
+    "live blocks": {"algorithm": "threshold", "live_blocks": 3, "next_block_share": 0.9},
+    "quality": {"algorithm": "joint_threshold"},
+    "rash": RASH,
     "few steps of editing": {"algorithm": "joint_threshold", "threshold": 0.9, "max_nfe": 3},
     "mbe": {"algorithm": "mbe", "mode": "speed"},
-    "rash mbe": {"algorithm": "mbe", "window": 3, "threshold": 0.0, "edit_threshold": 0.0},
-    "live blocks": {"algorithm": "threshold", "live_blocks": 3, "next_block_share": 0.9},
+    "rash mbe": {**RASH, "algorithm": "mbe", "window": 3},
     "live blocks of mbe": {"algorithm": "mbe", "threshold": 0.9, "live_blocks": 2, "next_block_share": 1.0},
+    "levenshtein": {},
+    "rash levenshtein": {"threshold": 0.0, "max_post_edit_steps": 40, "cumulative_budget": True},
     "live blocks of levenshtein": {"live_blocks": 2, "next_block_share": 1.0},
-    "rash levenshtein": {"threshold": 0.0, "max_post_edit_steps": 5, "cumulative_budget": True},
 }
-COUNT = 100
+PLAIN = ("threshold", "quality", "mbe", "levenshtein")  # get all prompts, the others every third
+COUNT, BABBLE, LONG_TOKENS = 100, 16, 100
 
 
 @pytest.fixture(scope="module")
@@ -59,42 +64,92 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The plain host command: the checkpoint says how it is decoded."""
-    with serving(CHECKPOINT, tmp_path_factory.mktemp("server") / "log") as running:
+    """The plain host command: the checkpoint says how it is decoded. Its pool is too small for 16 long answers."""
+    env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(CHECKPOINT, log, "--max-total-tokens", "1024", env=env) as running:
         yield running
 
 
 def decoded(
-    model: Llada2ForDiffusion, facts: CheckpointFacts, prompts: list[list[int]], custom_params: dict[str, Any]
+    model: Llada2ForDiffusion,
+    facts: CheckpointFacts,
+    prompts: list[list[int]],
+    custom_params: dict[str, Any],
+    new_tokens: int = NEW_TOKENS,
 ) -> list[Case]:
     torch.set_num_threads(1)
     params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(custom_params)
-    return [Case(prompt, generate_as(params, model, prompt, NEW_TOKENS, facts)) for prompt in prompts]
+    return [Case(prompt, generate_as(params, model, prompt, new_tokens, facts)) for prompt in prompts]
 
 
 def test_mixed_algorithms_in_one_batch_equal_their_references(
     server: Server, prompts: list[list[int]], reference: Llada2ForDiffusion, facts: CheckpointFacts
 ) -> None:
-    wanted = {way: decoded(reference, facts, prompts, params) for way, params in WAYS.items()}
+    """Each way one request at a time, then streamed and 16 at once: 706 streams."""
+    some = {way: prompts[:: 1 if way in PLAIN else 3] for way in WAYS}
+    wanted = {way: decoded(reference, facts, some[way], params) for way, params in WAYS.items()}
     asked = [(way, case) for way in WAYS for case in wanted[way]]
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def ask(i: int) -> dict[str, Any]:
-        way, case = asked[i]
-        return server.generate(case.prompt, NEW_TOKENS, custom_params=WAYS[way])
-
-    for at_once in (1, 16):
+    texts = []
+    for at_once, send in ((1, server.generate), (16, server.stream)):
         server.flush()
         with ThreadPoolExecutor(at_once) as pool:
-            answers = dict(zip(order, pool.map(ask, order), strict=True))
+            given = pool.map(lambda i: send(asked[i][1].prompt, NEW_TOKENS, custom_params=WAYS[asked[i][0]]), order)  # noqa: B023
+            answers = dict(zip(order, given, strict=True))
         for kind in WAYS:
             mine = [i for i, (way, _) in enumerate(asked) if way == kind]
             compare([asked[i][1] for i in mine], [answers[i] for i in mine], f"{kind}, {at_once} at once, mixed")
-    hasty = decoded(reference, facts, prompts, {**WAYS["rash"], "edit_threshold": 1.0})
+        texts.append([answers[i]["text"] for i, (_, case) in enumerate(asked) if not case.close_call])
+    assert texts[0] == texts[1]
+    hasty = decoded(reference, facts, some["rash"], {**RASH, "edit_threshold": 1.0})
     for way in ("rash", "rash levenshtein"):
         changed = sum(a.want.token_ids != b.want.token_ids for a, b in zip(wanted[way], hasty, strict=True))
-        print(f"{way}: edits changed {changed} of {COUNT} answers")
+        print(f"{way}: edits changed {changed} of {len(hasty)} answers")
         assert changed > 0
+
+
+def test_requests_that_go_round_in_circles_end_within_their_bound_and_disturb_nobody(
+    server: Server, reference: Llada2ForDiffusion, facts: CheckpointFacts
+) -> None:
+    """Random prompts, long answers without an end, all ways at once, in a pool that is too small for them."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(300) for _ in range(rng.choice([1, 5, 20, 33, 60]))] for _ in range(BABBLE)]
+    endless = replace(facts, stop_ids=frozenset())
+    wanted = {way: decoded(reference, endless, prompts, params, LONG_TOKENS) for way, params in WAYS.items()}
+    asked = [(way, case) for i in range(BABBLE) for way in WAYS for case in [wanted[way][i]]]
+
+    def ask(way: str, case: Case) -> dict[str, Any]:
+        return server.stream(case.prompt, LONG_TOKENS, ignore_eos=True, custom_params=WAYS[way])
+
+    server.flush()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda each: ask(*each), asked))
+    compare([case for _, case in asked], answers, "without an end, 16 at once, mixed", most_close=0.3)
+    retracted = sum(answer["meta_info"]["num_retractions"] > 0 for answer in answers)
+    longest = {
+        way: max(
+            max(a["meta_info"]["dllm_forward_counts"]) for (w, _), a in zip(asked, answers, strict=True) if w == way
+        )
+        for way in WAYS
+    }
+    print(f"{retracted} of {len(asked)} were retracted; most steps of a block: {longest}")
+    assert retracted > 0, "the pool was never full, so nothing was shown"
+    for way in ("rash", "rash levenshtein"):
+        bound = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(WAYS[way]).most_steps
+        assert RASH["max_post_edit_steps"] < longest[way] <= bound, "nobody went round in circles"
+
+
+def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Server, prompts: list[list[int]]) -> None:
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    for way, params in WAYS.items():
+        for prompt in prompts[10:15]:
+            ask: dict[str, Any] = {
+                "model": "tiny", "prompt": prompt, "max_tokens": 64, "extra_body": {"custom_params": params}
+            }  # fmt: skip
+            whole = client.completions.create(**ask, temperature=0).choices[0].text
+            pieces = [event.choices[0].text for event in client.completions.create(**ask, temperature=0, stream=True)]
+            assert "".join(pieces) == whole, way
 
 
 @pytest.mark.parametrize(
@@ -103,6 +158,8 @@ def test_mixed_algorithms_in_one_batch_equal_their_references(
         ({"algorithm": "threshold", "edit_threshold": 0.5}, "unknown key 'edit_threshold'"),
         ({"algorithm": "joint_threshold", "mode": "best"}, "mode is 'best'; allowed: quality, speed"),
         ({"cumulative_budget": 1}, "cumulative_budget is 1; allowed: true or false"),
+        ({"window": 2}, "unknown key 'window'"),
+        ({"algorithm": "mbe", "window": 5}, "window is 5; allowed: an integer from 1 to 4"),
     ],
 )
 def test_what_an_algorithm_does_not_take_is_refused(

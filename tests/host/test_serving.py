@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -11,13 +10,12 @@ from typing import Any
 
 import openai
 import pytest
-import requests
 from transformers import PreTrainedTokenizerFast
 
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import Llada2ForDiffusion, generate
 from tests.host.conftest import held_out_prompts, held_out_questions
-from tests.host.serving import Server
+from tests.host.serving import Server, events
 
 pytestmark = pytest.mark.host
 
@@ -30,12 +28,6 @@ def client(server: Server) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def long_prompt(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return next(held_out_prompts(tokenizer, [2016]))
-
-
-def events(reply: requests.Response) -> list[dict[str, Any]]:
-    """The JSON events of a stream of /generate."""
-    lines = [line.removeprefix(b"data: ") for line in reply.iter_lines() if line]
-    return [json.loads(line) for line in lines if line != b"[DONE]"]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
