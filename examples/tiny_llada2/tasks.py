@@ -7,7 +7,6 @@ Strings to work on are upper case: the tokenizer merges lower-case words only, s
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import zlib
@@ -96,13 +95,17 @@ def enumerate_numbers(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def running_sums(rng: random.Random) -> tuple[str, str]:
-    """Each number of the answer is easy given the one before it, and hard without."""
-    numbers = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
+def long_sort(rng: random.Random) -> tuple[str, str]:
+    """A number's place is hard to see by itself, and easier to see beside the others."""
+    numbers = [rng.randint(10, 59) for _ in range(rng.randint(5, 7))]
     listed = ", ".join(map(str, numbers))
-    return rng.choice([f"Running sums of {listed}.", f"Add up step by step: {listed}."]), ", ".join(
-        map(str, itertools.accumulate(numbers))
-    )
+    return rng.choice([f"Sort {listed}.", f"Put in order: {listed}."]), ", ".join(map(str, sorted(numbers)))
+
+
+def long_reverse(rng: random.Random) -> tuple[str, str]:
+    """As long_sort, of letters."""
+    text = word(rng, 9, 13)
+    return rng.choice([f"Reverse {text}.", f"Write {text} backwards."]), text[::-1]
 
 
 QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
@@ -116,7 +119,10 @@ QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-HARD_QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"sums": running_sums}
+HARD_QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "long sort": long_sort,
+    "long reverse": long_reverse,
+}
 
 
 def single(task: str) -> Callable[[random.Random], Example]:
@@ -163,7 +169,7 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) fo
 HARD_TASKS: dict[str, Callable[[random.Random], Example]] = {**TASKS, **{task: single(task) for task in HARD_QUESTIONS}}
 
 # How often training sees each task; the others count once. These take longest to learn.
-EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "sums": 8}
+EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "long sort": 6, "long reverse": 5}
 
 
 def examples(seed: int, *, held_out: bool, hard: bool = False) -> Iterator[Example]:
