@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from sglang.srt.dllm.algorithm import algo_name_to_cls
 from sglang.srt.dllm.config import DllmConfig
 from torch import Tensor
 
+from bench.records import new_record
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import Scores, StepOut, Tokens
@@ -50,12 +50,10 @@ def main() -> None:
     ids = torch.randint(0, 1000, (args.rows, T), device=args.device)
     ids[:, T // 2 :] = TOKENS.mask
     out: dict[str, Any] = {
-        "schema": 1,
+        **new_record(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
         "rows": args.rows,
         "vocabulary": args.vocabulary,
-        "sglang": version("sglang"),
         "milliseconds": {},
     }
     print(f"{args.rows} rows of {T}, vocabulary {args.vocabulary}, {out['device']}: milliseconds per step (median)")

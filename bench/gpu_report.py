@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,8 +23,8 @@ from xml.etree import ElementTree
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-SCHEMA = 1
+from bench.records import ROOT, new_record
+
 V, H, MASK = 157_184, 2048, 156_895  # of LLaDA2.0-mini
 POSITIONS = (32, 256, 1024)
 REPEATS = 20
@@ -44,10 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_report: torch.cuda sees no accelerator, and every part of the report needs one", file=sys.stderr)
         return 2
     record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "argv": sys.argv,
-        "git": git_state(),
-        "environment": environment(),
+        **new_record(),
         "tests": run_tests(),
         "selection": [time_selection(count) for count in POSITIONS],
         "serving": [serve(args.model, mode) for mode in ("on", "off")[: 1 + args.mode_off]] if args.model else [],
@@ -121,26 +116,6 @@ def serve(model: str, mode: str) -> dict[str, Any]:
             check=True,
         )
         return {"mode": mode, **json.loads(out.read_text(encoding="utf-8").splitlines()[-1])}
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    devices = range(torch.cuda.device_count())
-    packages = ("sglang", "torch", "triton", "transformers")
-    return {
-        "python": platform.python_version(),
-        "devices": [torch.cuda.get_device_name(device) for device in devices],
-        "cuda": torch.version.cuda,
-        **{name: version(name) for name in packages},
-    }
-
-
-def git_state() -> str:
-    """The commit, marked if the tree is not clean."""
-    out = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return out.stdout.strip()
 
 
 if __name__ == "__main__":
