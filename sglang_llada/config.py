@@ -115,6 +115,23 @@ DEFAULT_MAX_RUNNING_REQUESTS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are drawn; the host has checked the values.
+
+    Attributes:
+        temperature: above 0.
+        top_k, top_p, min_p: see decode/sampling.py; the vocabulary or more, 1 and 0 cut nothing.
+        seed: 64 bits, signed.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How the blocks of a request are decoded; made by defaults() and replaced(), which check every value.
 
@@ -132,6 +149,7 @@ class DecodeConfig:
         live_blocks: blocks that may be decoded at once.
         next_block_share: the next of them begins when fewer positions than this share of the last one are open.
         indel: whether the checkpoint has DELETE and SPLIT.
+        sampling: how tokens are drawn; None: the best one, greedily.
     """
 
     algorithm: str
@@ -147,6 +165,7 @@ class DecodeConfig:
     live_blocks: int = 1
     next_block_share: float = 0.5
     indel: bool = False
+    sampling: Sampling | None = None
 
     @classmethod
     def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM, *, indel: bool = False) -> DecodeConfig:

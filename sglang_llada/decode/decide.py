@@ -18,6 +18,7 @@ from torch import Tensor
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
+from sglang_llada.decode.sampling import Draws, draw
 from sglang_llada.decode.select import Best, Exchange, Head, select
 
 FIXED, OPEN, EDITABLE = range(3)
@@ -80,6 +81,7 @@ def decide(
     block_size: int,
     tokens: Tokens,
     exchange: Exchange | None = None,
+    draws: Draws | None = None,
 ) -> StepOut:
     """Decisions for all rows of a forward.
 
@@ -90,6 +92,7 @@ def decide(
         count: at least as many positions as are open or editable. A graph does not know and says R * T.
         head, exchange: as for select.
         block_size, tokens: T, and the checkpoint's own tokens, which say what algorithms there are.
+        draws: positions whose token is drawn, where the others get their best one.
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
@@ -102,6 +105,10 @@ def decide(
     token = ids.new_zeros(len(ids), found.token.shape[1]).index_copy(0, wanted_first, found.token).view(shape)
     prob = hidden.new_zeros(len(ids), found.prob.shape[1], dtype=torch.float32)
     prob = prob.index_copy(0, wanted_first, found.prob).view(shape)
+    unsound = ((token[..., 0] < 0) & wanted.view(block.ids.shape)).any(-1, keepdim=True)
+    if draws is not None:
+        drawn = draw(hidden[draws.at], head, tokens.mask, draws, exchange)
+        token, prob = (put_first(old, new, draws.at) for old, new in zip((token, prob), drawn, strict=True))
     best, chance = levenshtein.first(token, prob, token != tokens.mask)
     scores = Scores(best, chance, candidates=token, chances=prob)
     out: StepOut | None = None
@@ -111,8 +118,13 @@ def decide(
         mine = each.step(block, scores, state, params)
         out = mine if out is None else where(algorithm == CODES[name], mine, out)
     assert out is not None
-    unsound = ((best < 0) & wanted.view_as(best)).any(-1, keepdim=True)
     return replace(out, ids=out.ids.masked_fill(unsound, -1))
+
+
+def put_first(ranked: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """[R, T, K] with `values` [P] before the others at the flat positions `at` [P]; the last one falls out."""
+    flat = ranked.flatten(0, 1)
+    return flat.index_copy(0, at, torch.cat((values[:, None], flat[at, :-1]), dim=-1)).view_as(ranked)
 
 
 def best_of(hidden: Tensor, head: Head, tokens: Tokens, exchange: Exchange | None, wanted: Tensor) -> Best:

@@ -22,10 +22,15 @@ VOCAB_CHUNK = 4096  # token ids whose logits exist at once
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Rows of the output embedding, [v, H]: those of the token ids from `first` on."""
+    """Rows of the output embedding, [v, H]: those of the token ids from `first` on.
+
+    Where they are a shard: slots, what the largest shard has; vocabulary, what all have together.
+    """
 
     weight: Tensor
     first: int = 0
+    slots: int = 0
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ its row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.errors import ConfigError
 
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
@@ -25,10 +26,6 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal(
-        lambda r, p: p.top_k != TOP_K_GREEDY,
-        "temperature {p.temperature} is not supported: decoding is greedy; send temperature 0 (or top_k 1)",
-    ),
     Refusal(
         lambda r, p: p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0,
         "penalties are not supported: got frequency_penalty {p.frequency_penalty}, presence_penalty "
@@ -76,8 +73,27 @@ def why_refused(req: Any, defaults: DecodeConfig) -> str | None:
 
 
 def decode_params(req: Any, defaults: DecodeConfig) -> DecodeConfig:
-    """The server's decode parameters with what the request's custom_params say instead; ConfigError if they are bad."""
-    return defaults.replaced(req.sampling_params.custom_params or {})
+    """The server's decode parameters with what the request's custom_params say instead, and how it samples.
+
+    ConfigError if custom_params are bad; the host checks its own parameters.
+    """
+    params = req.sampling_params
+    decode = defaults.replaced(params.custom_params or {})
+    if params.top_k == TOP_K_GREEDY:
+        return decode
+    seed = seed_of(req.rid) if params.sampling_seed is None else params.sampling_seed
+    sampling = Sampling(params.temperature, params.top_k, params.top_p, params.min_p, signed(seed))
+    return replace(decode, sampling=sampling)
+
+
+def seed_of(rid: str) -> int:
+    """A seed for a request that names none: its id is another one for every request, and the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(rid.encode(), digest_size=8).digest(), "little")
+
+
+def signed(number: int) -> int:
+    """The low 64 bits, as an int64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def stop_ids(req: Any) -> frozenset[int]:

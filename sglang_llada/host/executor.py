@@ -18,9 +18,10 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
 from sglang_llada.blocks import Block, Decided, Plan, Request, RowKind
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, pack, record
+from sglang_llada.decode.sampling import Draws, uniform
 from sglang_llada.host.arguments import facts_of
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
@@ -60,11 +61,11 @@ class Decider:
         self.tokens = tokens_of(facts)
         self.idle = idle(self.block_size, self.tokens)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
+    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, draws: Draws | None = None) -> StepOut:
         """As decide()."""
         head, exchange = self.model.head, self.model.exchange
         shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
-        return decide(hidden, ids, table, count, head=head, exchange=exchange, **shape)
+        return decide(hidden, ids, table, count, head=head, exchange=exchange, draws=draws, **shape)
 
 
 class Executor:
@@ -95,13 +96,15 @@ class Executor:
         batch.step_table = table  # for the graph runner
         output = self.runner.forward(batch)
         denoise = plan.of(RowKind.DENOISE)
+        draws = self._draws(plan)
         if not denoise:
             decided = None
-        elif output.can_run_graph:
+        elif output.can_run_graph and draws is None:
             decided = output.logits_output.decided
         else:
             count = int(sum(sum(map(bool, marks(row.request, row.request.block_at(row.start)))) for row in denoise))
-            decided = self.decide(output.logits_output.hidden_states, ids, table, count)
+            hidden = output.logits_output.hidden_states[: len(ids)]
+            decided = self.decide(hidden, ids, table, count, draws)
         return InFlight(plan, decided, output.can_run_graph)
 
     def read(self, launched: InFlight) -> list[Decision]:
@@ -150,6 +153,34 @@ class Executor:
         packed = torch.tensor(flat, dtype=torch.int64).view(-1, T + 2 + len(self.decide.idle))
         rows = packed.to(self.device, non_blocking=True)
         return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :]
+
+    def _draws(self, plan: Plan) -> Draws | None:
+        """The positions of requests that sample at which tokens may change; None if there are none."""
+        found: list[tuple[int, int, int, Sampling]] = []  # flat position, position, step, how
+        for r, row in enumerate(plan.rows):
+            how = row.request.params.sampling
+            if row.kind is RowKind.DENOISE and how is not None:
+                free = marks(row.request, row.request.block_at(row.start))
+                for i in (i for i, mark in enumerate(free) if mark != FIXED):
+                    found.append((r * self.block_size + i, row.start + i, row.request.steps, how))
+        if not found:
+            return None
+        vocabulary = self.decide.model.config.vocab_size
+        cut = [how.top_k < vocabulary or how.top_p < 1 or how.min_p > 0 for *_, how in found]
+        found = [found[i] for i in sorted(range(len(found)), key=cut.__getitem__)]
+        at, position, step, ways = zip(*found, strict=True)
+        seeds = torch.tensor([how.seed for how in ways])
+        noise = uniform(seeds, torch.tensor(position), torch.tensor(step))
+        numbers = torch.tensor([(how.temperature, how.top_p, how.min_p) for how in ways]).to(self.device)
+        return Draws(
+            at=torch.tensor(at, device=self.device),
+            temperature=numbers[:, 0],
+            top_k=torch.tensor([min(how.top_k, vocabulary) for how in ways], device=self.device),
+            top_p=numbers[:, 1],
+            min_p=numbers[:, 2],
+            noise=noise.to(self.device),
+            whole=len(cut) - sum(cut),
+        )
 
     def forward_batch(
         self,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from sglang_llada.config import ALGORITHMS, DecodeConfig
+from sglang_llada.config import ALGORITHMS, DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate, quota
 
@@ -26,7 +27,9 @@ class LiveBlock(Protocol):
     """A block while it is worked on: its tokens, which are open, and in which step (from 1) each was decided."""
 
     ids: list[int]
+    given: int
     decided_in: list[int]
+    edited: bool  # whether decided positions may change too
     gaps: list[float]  # of the last step: how far decisions were from going the other way
 
     @property
@@ -47,9 +50,11 @@ def generate_as(
     values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm]}
     names = {"window", "live_blocks", "next_block_share"} & values.keys()
     window: dict[str, Any] = {name: values.pop(name) for name in names}
-    if params.algorithm == "threshold" and params.live_blocks == 1:
+    if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None:
         return generate(model, prompt_ids, max_new_tokens, mask_id=facts.mask_id, stop_ids=facts.stop_ids, **values)
     window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids}
+    if params.sampling is not None:
+        window |= {"sampling": params.sampling, "mask_id": facts.mask_id}
     window["whole_blocks"] = params.edits or not values.pop("early_exit")
     kind: Callable[..., LiveBlock] = {
         "threshold": ThresholdBlock,
@@ -77,8 +82,12 @@ def generate_blocks(
     live_blocks: int = 1,
     next_block_share: float = 0.0,
     max_nfe: int = 0,
+    sampling: Sampling | None = None,
+    mask_id: int = -1,
 ) -> Generation:
     """Decode with a window of live blocks, all of which see one another's tokens as they stand.
+
+    With `sampling` the first candidate is drawn wherever a token may change, and the best ones follow it.
 
     Each step is one for every live block that is not done, and edits for those that are. Then, in this order:
 
@@ -101,13 +110,21 @@ def generate_blocks(
         best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :CANDIDATES]  # of equals the lowest id
         chances = logits.softmax(-1).gather(1, best)
         scores = [list(zip(*each, strict=True)) for each in zip(best.tolist(), chances.tolist(), strict=True)]
+        narrow = [1.0]
         for i, block in enumerate(live):
             mine = scores[i * size : (i + 1) * size]
+            for at in range(block.given, size):
+                if sampling is not None and (block.open[at] or block.edited):
+                    here = i * size + at
+                    noise = uniform(sampling.seed, len(gone) + here, out.forwards - 1)
+                    one, gap = drawn(logits[here], mask_id, sampling, noise)
+                    mine[at] = [one, *(other for other in mine[at][:-1] if other[0] != one[0])]
+                    narrow.append(100 * gap)  # sums of probabilities are that much nearer to exact than logits
             if done[i]:
                 block.edit(mine)
             else:
                 done[i] = block.step(mine)
-        out.margins.append(min(gap for block in live for gap in block.gaps))
+        out.margins.append(min([gap for block in live for gap in block.gaps] + narrow))
 
         spent = out.forwards == max_nfe
         leading = (done + [False]).index(False)
@@ -143,14 +160,59 @@ def generate_blocks(
     return out
 
 
+def drawn(logits: Tensor, mask_id: int, how: Sampling, noise: float) -> tuple[tuple[int, float], float]:
+    """The token that a number in [0, 1) falls on, its probability, and how far it was from being another one."""
+    scaled = logits.double() / how.temperature
+    scaled[mask_id] = float("-inf")
+    pairs = list(enumerate(scaled.softmax(-1).tolist()))
+    margins = []
+    if how.top_k < len(pairs) or how.top_p < 1 or how.min_p > 0:
+        pairs.sort(key=lambda pair: -pair[1])
+        kept: list[tuple[int, float]] = []
+        before = 0.0
+        for token, chance in pairs:
+            least = how.min_p * pairs[0][1]
+            margins += [abs(before - how.top_p)] * (how.top_p < 1) + [abs(chance - least)] * (
+                how.min_p > 0 and bool(kept)
+            )
+            if len(kept) == how.top_k or before > how.top_p or chance < least:
+                margins.append(kept[-1][1] - chance)  # in floating point it might have stood before
+                break
+            kept.append((token, chance))
+            before += chance
+        pairs = sorted(kept)
+    target, upto = noise * sum(chance for _, chance in pairs), list(accumulate(chance for _, chance in pairs))
+    at = next(i for i, mass in enumerate(upto) if mass > target)
+    margins += [upto[at] - target, target - upto[at] + pairs[at][1]]
+    return (pairs[at][0], pairs[at][1] / upto[-1]), min(margins)
+
+
+def uniform(seed: int, position: int, step: int) -> float:
+    """A number in [0, 1): 53 bits of SplitMix64's finaliser, applied to the seed and then to each of the other two."""
+    bits = 0
+    for number in (seed, position, step):
+        bits = ((bits ^ number) + 0x9E3779B97F4A7C15) % 2**64
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        bits ^= bits >> 31
+    return (bits >> 11) / 2**53
+
+
+def edge(chance: float, threshold: float) -> float:
+    """How far a probability is from the threshold, which nothing can fall below if it is 0."""
+    return abs(chance - threshold) if threshold else 1.0
+
+
 def logit_gap(candidates: list[tuple[int, float]]) -> float:
-    """Difference in logit of the two best."""
+    """Difference in logit of the first two."""
     (_, best), (_, next_best) = candidates[:2]
-    return math.log(max(best, 1e-30)) - math.log(max(next_best, 1e-30))
+    return abs(math.log(max(best, 1e-30)) - math.log(max(next_best, 1e-30)))
 
 
 class ThresholdBlock:
     """A block under the threshold decode of LLaDA2.0; see reference.generate."""
+
+    edited = False
 
     def __init__(self, given: list[int], size: int, mask_id: int, *, threshold: float, steps: int) -> None:
         self.given, self.size, self.mask_id = len(given), size, mask_id
@@ -174,7 +236,7 @@ class ThresholdBlock:
         sure = [i for i in order if conf[i] > self.threshold]
         chosen = sure if len(sure) >= least else order[:least]
         self.step_index += 1
-        self.gaps = [1.0] + [abs(conf[i] - self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
+        self.gaps = [1.0] + [edge(conf[i], self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
         if len(sure) < least < len(order):
             self.gaps.append(conf[order[least - 1]] - conf[order[least]])
         for i in chosen:
@@ -191,6 +253,8 @@ class JointBlock:
     max_post_edit_steps changes nothing. Once done it is still edited, as long as it is live, in as many steps as there
     are; unless max_post_edit_steps is 0.
     """
+
+    edited = True
 
     def __init__(
         self,
@@ -222,7 +286,7 @@ class JointBlock:
         order = sorted((i for i in range(self.size) if self.open[i]), key=lambda i: (-conf[i], i))
         chosen = [i for i in order if conf[i] > self.threshold] or order[:1]
         self.step_index += 1
-        self.gaps = [1.0] + [abs(conf[i] - self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
+        self.gaps = [1.0] + [edge(conf[i], self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
         if len(order) > 1 and conf[order[0]] <= self.threshold:
             self.gaps.append(conf[order[0]] - conf[order[1]])
         edited = []
@@ -232,7 +296,7 @@ class JointBlock:
             decided = [i for i in range(self.given, self.size) if not self.open[i]]
             differ = [i for i in decided if token[i] != self.ids[i]]
             self.gaps += [logit_gap(allowed[i]) for i in decided]
-            self.gaps += [abs(conf[i] - self.edit_threshold) for i in differ]
+            self.gaps += [edge(conf[i], self.edit_threshold) for i in differ]
             edited = [i for i in differ if conf[i] > self.edit_threshold]
         for i in chosen + edited:
             self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
@@ -254,6 +318,8 @@ class LevenshteinBlock:
         change takes its best candidate that is none of the last TRIED tokens written there.
     *   DELETE drops its position; SPLIT puts a mask before the token it stands for; masks fill the end, or it is cut.
     """
+
+    edited = True
 
     def __init__(
         self,
@@ -306,7 +372,7 @@ class LevenshteinBlock:
             return [(token, chance) for token, chance in candidates[i] if token not in never]
 
         token, conf = map(list, zip(*(allowed(i)[0] for i in range(size)), strict=True))
-        self.gaps = [1.0] + [abs(conf[i] - self.threshold) for i in holes]
+        self.gaps = [1.0] + [edge(conf[i], self.threshold) for i in holes]
         taken = holes
         if original and not last:
             order = sorted(holes, key=lambda i: (-conf[i], i))
@@ -317,7 +383,7 @@ class LevenshteinBlock:
                 self.gaps.append(conf[order[least - 1]] - conf[order[least]])
         decided = [i for i in range(given, size) if i not in holes]
         edited = [i for i in decided if token[i] != self.ids[i] and conf[i] > self.edit_threshold]
-        self.gaps += [abs(conf[i] - self.edit_threshold) for i in decided if token[i] != self.ids[i]]
+        self.gaps += [edge(conf[i], self.edit_threshold) for i in decided if token[i] != self.ids[i]]
         written = taken + edited
         self.gaps += [logit_gap(allowed(i)) for i in taken + decided]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.editing import generate_as
 from sglang_llada.llada2.reference import Llada2ForDiffusion
@@ -43,6 +43,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "live blocks of levenshtein": {"live_blocks": 2, "next_block_share": 1.0},
 }
 PLAIN = ("threshold", "quality", "mbe", "levenshtein")  # get all prompts, the others every third
+WARM = {"temperature": 5.0}  # where even this model is of many minds
+SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sampling parameters, custom_params
+    "temperature": (WARM, {"algorithm": "threshold"}),
+    "at once": (WARM, {"algorithm": "threshold", "threshold": 0.0}),
+    "cut": ({"temperature": 5.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"algorithm": "threshold", "steps": 4}),
+    "edits": (WARM, {**RASH, "max_post_edit_steps": 3}),
+    "levenshtein": (WARM, {"threshold": 0.0, "max_post_edit_steps": 3}),
+    "live blocks": (WARM, {**WAYS["rash mbe"], "live_blocks": 2, "max_post_edit_steps": 3}),
+}
 COUNT, BABBLE, LONG_TOKENS = 100, 16, 100
 
 
@@ -77,9 +86,11 @@ def decoded(
     prompts: list[list[int]],
     custom_params: dict[str, Any],
     new_tokens: int = NEW_TOKENS,
+    sampling: Sampling | None = None,
 ) -> list[Case]:
     torch.set_num_threads(1)
     params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(custom_params)
+    params = replace(params, sampling=sampling)
     return [Case(prompt, generate_as(params, model, prompt, new_tokens, facts)) for prompt in prompts]
 
 
@@ -138,6 +149,48 @@ def test_requests_that_go_round_in_circles_end_within_their_bound_and_disturb_no
     for way in ("rash", "rash levenshtein"):
         bound = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(WAYS[way]).most_steps
         assert RASH["max_post_edit_steps"] < longest[way] <= bound, "nobody went round in circles"
+
+
+def test_samples_are_those_of_their_seed_whatever_runs_beside_them(
+    server: Server, prompts: list[list[int]], reference: Llada2ForDiffusion, facts: CheckpointFacts
+) -> None:
+    """Random prompts and questions, alone and 16 at once in another order, beside greedy requests, some retracted."""
+    rng = random.Random(2)
+    asked: list[tuple[dict[str, Any], dict[str, Any], Case]] = []
+    endless = replace(facts, stop_ids=frozenset())
+    for seed in range(64):
+        options, custom_params = list(SAMPLED.values())[seed % len(SAMPLED)]
+        prompt = [rng.randrange(300) for _ in range(rng.choice([1, 5, 20, 33, 60]))] if seed % 2 else prompts[seed]
+        how = Sampling(**{"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "seed": seed, **options})
+        (case,) = decoded(reference, endless, [prompt], custom_params, NEW_TOKENS, how)
+        options = {**options, "sampling_seed": seed, "custom_params": custom_params, "ignore_eos": True}
+        asked.append((options, custom_params, case))
+
+    def ask(i: int) -> dict[str, Any]:
+        return server.generate(asked[i][2].prompt, NEW_TOKENS, **asked[i][0])
+
+    def beside(i: int) -> dict[str, Any]:
+        return server.generate(asked[i][2].prompt, LONG_TOKENS, ignore_eos=True, custom_params=asked[i][1])
+
+    order = list(range(64))
+    alone = [ask(i) for i in order]
+    compare([case for *_, case in asked], alone, "sampled, alone", most_close=0.6)
+    rng.shuffle(order)
+    with ThreadPoolExecutor(8) as others, ThreadPoolExecutor(16) as pool:
+        running = [others.submit(beside, i) for i in range(0, 64, 2)]
+        again = dict(zip(order, pool.map(ask, order), strict=True))
+        assert all(len(each.result()["output_ids"]) == LONG_TOKENS for each in running)
+    cases = [asked[i][2] for i in order]
+    compare(cases, [again[i] for i in order], "sampled, 16 at once beside greedy ones", most_close=0.6)
+    assert sum(again[i]["meta_info"]["num_retractions"] for i in order) > 0, "the pool was never full"
+    assert len({tuple(answer["output_ids"]) for answer in alone}) > 32
+
+
+def test_samples_without_a_seed_differ(server: Server) -> None:
+    options = {"temperature": 9.0, "max_new_tokens": 32, "n": 4, "ignore_eos": True}
+    body = {"input_ids": [70, 71, 72], "sampling_params": options}
+    answers = [out["output_ids"] for _ in range(2) for out in server.post("/generate", body).json()]
+    assert len({tuple(answer) for answer in answers}) == 8
 
 
 def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Server, prompts: list[list[int]]) -> None:

@@ -110,7 +110,8 @@ def test_stop_token_ids_and_stop_strings_end_inside_a_block(server: Server) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"temperature": 0.7}, "temperature 0.7"),
+        ({"temperature": -0.7}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
         ({"frequency_penalty": 0.5}, "frequency_penalty 0.5"),
         ({"min_new_tokens": 3}, "min_new_tokens 3"),
         ({"regex": "a+"}, "structured output"),

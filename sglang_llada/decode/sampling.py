@@ -1,0 +1,111 @@
+"""Sampling, for positions of requests that ask for it: whole logits, one draw per position and step.
+
+The tokens' distribution is the softmax of logits / temperature, the mask left out, cut by top-k, top-p and min-p as the
+host's sampler cuts it and scaled to 1 again. The draw takes the token at which the distribution's sum, in order of ids,
+passes a number in [0, 1). That number is a hash of the request's seed, the position and the number of its decode step,
+so it depends on nothing else: not on the batch, its order, the number of ranks or what ran before. The probability of
+the drawn token in this distribution is the confidence by which an algorithm decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_llada.decode.select import Exchange, Head
+
+CHUNK = 256  # positions whose logits exist at once
+UNIT = 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Positions that are sampled, first those whose distribution is not cut.
+
+    at: int64 [P], where they stand among the R * T of the forward. temperature, top_p, min_p: fp32 [P]; top_k: int64
+    [P]. noise: fp64 [P] in [0, 1). whole: how many of them are not cut.
+    """
+
+    at: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    noise: Tensor
+    whole: int
+
+
+def draw(
+    hidden: Tensor, head: Head, mask_id: int, draws: Draws, exchange: Exchange | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sampled tokens, int64 [P], and their probabilities, fp32 [P]; hidden [P, H] of the positions."""
+    tokens, probs = [], []
+    for start in range(0, len(hidden), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = whole_logits(hidden[part], head, exchange)
+        logits[:, mask_id] = float("-inf")
+        chances = (logits / draws.temperature[part, None]).softmax(-1)
+        uncut = min(max(draws.whole - start, 0), len(chances))
+        pieces = [sample(chances[:uncut], draws.noise[part][:uncut])]
+        if uncut < len(chances):
+            cut = slice(start + uncut, start + len(chances))
+            left = cut_off(chances[uncut:], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
+            pieces.append(sample(left, draws.noise[cut]))
+        for token, prob in pieces:
+            tokens.append(token)
+            probs.append(prob)
+    return torch.cat(tokens), torch.cat(probs)
+
+
+def whole_logits(hidden: Tensor, head: Head, exchange: Exchange | None) -> Tensor:
+    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded."""
+    logits = F.linear(hidden.float(), head.weight.float())
+    if exchange is None:
+        return logits
+    padded = F.pad(logits, (0, head.slots - logits.shape[-1]), value=float("nan"))
+    return torch.cat(list(exchange(padded)), dim=-1)[:, : head.vocabulary]
+
+
+def cut_off(chances: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities [P, V] with 0 where they are cut.
+
+    Of a list in falling order, of equals the lowest id first, the first top_k stay, of those the ones before which at
+    most top_p has been summed up, and those with at least min_p times the first one's probability.
+    """
+    falling, order = chances.sort(dim=-1, descending=True, stable=True)
+    before = falling.cumsum(-1) - falling
+    rank = torch.arange(chances.shape[-1], device=chances.device)
+    stays = (rank < top_k[:, None]) & (before <= top_p[:, None]) & (falling >= falling[:, :1] * min_p[:, None])
+    # Back in order of ids: a draw from the falling list would hang on the order of nearly equal ones.
+    return chances.masked_fill(~torch.zeros_like(stays).scatter(-1, order, stays), 0.0)
+
+
+def sample(chances: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of weights [P, V] the id that noise [P] falls on, and its share of the sum, fp32 [P]."""
+    upto = chances.double().cumsum(-1)
+    total = upto[:, -1:]
+    token = torch.searchsorted(upto, total * noise[:, None].clamp(max=1 - 2 * UNIT), right=True)
+    token = token.clamp(max=chances.shape[-1] - 1)  # a row of NaN
+    return token[:, 0], (chances.gather(-1, token) / total).float()[:, 0]
+
+
+def uniform(seed: Tensor, position: Tensor, step: Tensor) -> Tensor:
+    """A number in [0, 1) from each triple of int64: 53 bits of a hash, as fp64."""
+    bits = mix(mix(mix(seed) ^ position) ^ step)
+    return (logical_shift(bits, 11)).double() * UNIT
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on int64 that wrap."""
+    z = x + -0x61C8864680B583EB
+    z = (z ^ logical_shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ logical_shift(z, 27)) * -0x6B2FB644ECCEEE15
+    return z ^ logical_shift(z, 31)
+
+
+def logical_shift(x: Tensor, bits: int) -> Tensor:
+    """x >> bits with zeros coming in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,120 @@
+"""Draws follow their distribution, cut as the host cuts it, and depend on seed, position and step alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from sglang_llada.config import Sampling
+from sglang_llada.decode.sampling import Draws, draw, uniform
+from sglang_llada.decode.select import Head
+from sglang_llada.llada2 import editing
+
+V, MASK, SAMPLES = 40, 7, 20_000
+WAYS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "cold": {"temperature": 0.5},
+    "hot": {"temperature": 2.0},
+    "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.1},
+    "all": {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+def sampling(seed: int = 0, **values: Any) -> Sampling:
+    return Sampling(**{"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "seed": seed, **values})
+
+
+def draws(ways: list[Sampling], noise: torch.Tensor) -> Draws:
+    """One position of each way; those that are not cut must stand first."""
+    cut = [way.top_k < V or way.top_p < 1 or way.min_p > 0 for way in ways]
+    assert cut == sorted(cut)
+    return Draws(
+        at=torch.arange(len(ways)),
+        temperature=torch.tensor([way.temperature for way in ways]),
+        top_k=torch.tensor([way.top_k for way in ways]),
+        top_p=torch.tensor([way.top_p for way in ways]),
+        min_p=torch.tensor([way.min_p for way in ways]),
+        noise=noise,
+        whole=len(ways) - sum(cut),
+    )
+
+
+def one_position(logits: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    """Hidden states [SAMPLES, V] and a head that give these logits everywhere."""
+    return logits.expand(SAMPLES, V), Head(torch.eye(V))
+
+
+def share(logits: torch.Tensor, way: Sampling) -> torch.Tensor:
+    """The distribution of the definition, position by position."""
+    chances = (logits / way.temperature).index_fill(0, torch.tensor(MASK), float("-inf")).softmax(-1).tolist()
+    kept, before = [0.0] * V, 0.0
+    for rank, token in enumerate(sorted(range(V), key=lambda t: -chances[t])):
+        if rank < way.top_k and before <= way.top_p and chances[token] >= way.min_p * max(chances):
+            kept[token] = chances[token]
+        before += chances[token]
+    return torch.tensor(kept) / sum(kept)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
+    torch.manual_seed(1)
+    logits, way = torch.randn(V) * 2, sampling(**WAYS[name])
+    seeds = torch.arange(SAMPLES)
+    token, prob = draw(*one_position(logits), MASK, draws([way] * SAMPLES, uniform(seeds, seeds * 0 + 3, seeds * 0)))
+    want = share(logits, way)
+    assert torch.allclose(prob, want[token], atol=1e-6)
+    counts = token.bincount(minlength=V)
+    assert counts[want == 0].sum() == 0 and counts[MASK] == 0
+    likely = want * SAMPLES >= 5  # where the test is valid; the others together are one more kind
+    observed = [*counts[likely].tolist(), int(counts[~likely].sum())]
+    expected = [*(want[likely] * SAMPLES).tolist(), float(want[~likely].sum() * SAMPLES)]
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    total = sum(expected)
+    p = chisquare(observed, [each * sum(observed) / total for each in expected]).pvalue
+    print(f"{name}: chi-square p = {p:.3f}")
+    assert p > 0.001
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_noise_is_uniform_along_seeds_positions_and_steps(axis: int) -> None:
+    numbers = [torch.full((SAMPLES,), 5), torch.full((SAMPLES,), 9), torch.full((SAMPLES,), 2)]
+    numbers[axis] = torch.arange(SAMPLES)
+    noise = uniform(*numbers)
+    assert noise.dtype == torch.float64 and noise.min() >= 0 and noise.max() < 1
+    assert chisquare(torch.histc(noise, 100, 0, 1).tolist()).pvalue > 0.001
+    neighbours = torch.corrcoef(torch.stack((noise[:-1], noise[1:])))[0, 1]
+    assert abs(neighbours) < 4 / SAMPLES**0.5
+
+
+def test_noise_is_the_references() -> None:
+    rng = random.Random(0)
+    triples = [(rng.randrange(-(2**63), 2**63), rng.randrange(10**6), rng.randrange(50)) for _ in range(1000)]
+    assert uniform(*torch.tensor(triples).unbind(-1)).tolist() == [editing.uniform(*triple) for triple in triples]
+
+
+def test_draws_are_the_references_and_do_not_depend_on_their_neighbours() -> None:
+    """Positions of all ways in one call, of several chunks, and some of them alone."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    ways = [sampling(seed=i, **WAYS[rng.choice(list(WAYS))]) for i in range(600)]
+    ways.sort(key=lambda way: way.top_k < V or way.top_p < 1 or way.min_p > 0)
+    logits = torch.randn(len(ways), V) * 2
+    noise = torch.tensor([editing.uniform(way.seed, i, 1) for i, way in enumerate(ways)], dtype=torch.float64)
+    token, prob = draw(logits, Head(torch.eye(V)), MASK, draws(ways, noise))
+    near = 0
+    for i, way in enumerate(ways):
+        (want, chance), margin = editing.drawn(logits[i], MASK, way, noise[i].item())
+        near += margin < 1e-5
+        if margin >= 1e-5:
+            assert (int(token[i]), pytest.approx(float(prob[i]), abs=1e-5)) == (want, chance)
+    assert near < 10
+    for i in rng.sample(range(len(ways)), 100):
+        alone = draw(logits[i : i + 1], Head(torch.eye(V)), MASK, draws([ways[i]], noise[i : i + 1]))
+        assert (alone[0], alone[1]) == (token[i], prob[i])
