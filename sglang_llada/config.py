@@ -194,7 +194,9 @@ class DecodeConfig:
     @property
     def most_steps(self) -> int:
         """The bound on a block's steps that the algorithm's docstring proves."""
-        return self.block_size + self.max_post_edit_steps + 1 if self.edits else self.steps
+        if not self.edits:
+            return self.steps
+        return self.block_size + self.max_post_edit_steps + (1 if self.reopens else 0)
 
     def replaced(self, mapping: Mapping[str, Any] | None, where: str = "custom_params") -> DecodeConfig:
         """This with a user's mapping laid over it; ConfigError, beginning with `where`, if the mapping is wrong.

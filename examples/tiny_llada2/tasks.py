@@ -97,7 +97,7 @@ def enumerate_numbers(rng: random.Random) -> tuple[str, str]:
 
 def long_sort(rng: random.Random) -> tuple[str, str]:
     """A number's place is hard to see by itself, and easier to see beside the others."""
-    numbers = [rng.randint(10, 59) for _ in range(rng.randint(5, 7))]
+    numbers = [rng.randint(10, 99) for _ in range(rng.randint(8, 10))]
     listed = ", ".join(map(str, numbers))
     return rng.choice([f"Sort {listed}.", f"Put in order: {listed}."]), ", ".join(map(str, sorted(numbers)))
 
@@ -169,7 +169,7 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) fo
 HARD_TASKS: dict[str, Callable[[random.Random], Example]] = {**TASKS, **{task: single(task) for task in HARD_QUESTIONS}}
 
 # How often training sees each task; the others count once. These take longest to learn.
-EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "long sort": 6, "long reverse": 5}
+EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "long sort": 10, "long reverse": 2}
 
 
 def examples(seed: int, *, held_out: bool, hard: bool = False) -> Iterator[Example]:

@@ -2,12 +2,14 @@
 
 A step decides every open position whose best token has probability > threshold (strictly), or if there is none the most
 confident open position, of equals the earliest. At the same time it replaces every editable position whose best
-token is another one with probability > edit_threshold. A step that begins with nothing open counts as a post-edit
-step; the first past the budget changes nothing. The block is done after a step that changes nothing, which therefore
-has written its final KV.
+token is another one with probability > edit_threshold. A step that begins with nothing open is a post-edit step. The
+block is done after a step that changes nothing, which therefore has written its final KV, and when nothing is open and
+max_post_edit_steps are spent: the host's code would make one more step then, which may change nothing and only writes
+KV; here a SEAL row does that beside the next block's first step. With 0, edits are made in the steps that decide
+something, and cost none of their own.
 
-At most T + max_post_edit_steps + 1 steps: at most T begin with something open, since each decides a position and none
-opens again, and of the others at most max_post_edit_steps change anything.
+At most T + max_post_edit_steps steps: at most T begin with something open, since each decides a position and none opens
+again, and at most max_post_edit_steps do not.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
     sure = block.open & (confidence > params.threshold[:, None])
     forced = block.open & (rank(confidence) == 0)
     decided = torch.where(sure.any(-1, keepdim=True), sure, forced)
-    nothing_open = ~block.open.any(-1)
-    edits = state.edits + nothing_open
-    may_edit = block.editable & ~(nothing_open & (edits > params.max_post_edit_steps))[:, None]
-    edited = may_edit & (scores.token != block.ids) & (scores.prob > params.edit_threshold[:, None])
+    edits = state.edits + ~block.open.any(-1)
+    edited = block.editable & (scores.token != block.ids) & (scores.prob > params.edit_threshold[:, None])
     written = decided | edited
+    still_open = block.open & ~decided
+    spent = ~still_open.any(-1) & (edits >= params.max_post_edit_steps)
     return StepOut(
         ids=torch.where(written, scores.token, block.ids),
-        open=block.open & ~decided,
+        open=still_open,
         state=replace(state, step=state.step + 1, edits=edits),
-        done=~written.any(-1),
+        done=~written.any(-1) | spent,
     )

@@ -44,7 +44,7 @@ REFUSALS = (
     ),
     Refusal(lambda r, p: r.return_hidden_states, "return_hidden_states is not supported"),
     Refusal(lambda r, p: r.return_routed_experts or r.return_indexer_topk, "expert and index traces are not supported"),
-    Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported: decoding is greedy"),
+    Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported"),
     Refusal(lambda r, p: (p.beam_width or 1) > 1, "beam search (beam_width {p.beam_width}) is not supported"),
     Refusal(lambda r, p: p.watermark, "watermarks are not supported"),
     Refusal(lambda r, p: r.lora_id, "LoRA adapters are not supported"),

@@ -249,9 +249,8 @@ class JointBlock:
 
     A step decides every open position with probability > threshold, or the most confident one, and replaces every
     decided position, the prompt's excepted, whose best token is another one with probability > edit_threshold. Steps
-    that begin with nothing open are counted; the block is done when one changes nothing, and the first past
-    max_post_edit_steps changes nothing. Once done it is still edited, as long as it is live, in as many steps as there
-    are; unless max_post_edit_steps is 0.
+    that begin with nothing open are counted; the block is done when one changes nothing, or when nothing is open and
+    max_post_edit_steps have been made. Once done it is still edited, as long as it is live.
     """
 
     edited = True
@@ -276,7 +275,6 @@ class JointBlock:
 
     def edit(self, candidates: Candidates) -> None:
         """One step after the last."""
-        self.post_edit_steps = 0
         self.step(candidates)
 
     def step(self, candidates: Candidates) -> bool:
@@ -289,18 +287,17 @@ class JointBlock:
         self.gaps = [1.0] + [edge(conf[i], self.threshold) for i in order] + [logit_gap(allowed[i]) for i in chosen]
         if len(order) > 1 and conf[order[0]] <= self.threshold:
             self.gaps.append(conf[order[0]] - conf[order[1]])
-        edited = []
         if not order:
             self.post_edit_steps += 1
-        if order or self.post_edit_steps <= self.budget:
-            decided = [i for i in range(self.given, self.size) if not self.open[i]]
-            differ = [i for i in decided if token[i] != self.ids[i]]
-            self.gaps += [logit_gap(allowed[i]) for i in decided]
-            self.gaps += [edge(conf[i], self.edit_threshold) for i in differ]
-            edited = [i for i in differ if conf[i] > self.edit_threshold]
+        decided = [i for i in range(self.given, self.size) if not self.open[i]]
+        differ = [i for i in decided if token[i] != self.ids[i]]
+        self.gaps += [logit_gap(allowed[i]) for i in decided]
+        self.gaps += [edge(conf[i], self.edit_threshold) for i in differ]
+        edited = [i for i in differ if conf[i] > self.edit_threshold]
         for i in chosen + edited:
             self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
-        return not chosen and not edited
+        spent = not any(self.open) and self.post_edit_steps >= self.budget
+        return spent or (not chosen and not edited)
 
 
 class LevenshteinBlock:

@@ -86,8 +86,20 @@ def test_a_block_ends_within_its_bound(scores: str, budget: int) -> None:
             BlockRows(ids, is_open, ~is_open), Scores(token, torch.full((1, T), 0.5)), state, params
         )
         if out.done:
-            assert torch.equal(out.ids, ids) and not is_open.any()
+            assert not out.open.any()
             break
         ids, is_open, state = out.ids, out.open, out.state
     assert out.done
     assert step == config.most_steps or scores == "constant"
+
+
+def test_a_budget_of_nothing_edits_in_the_steps_that_decide() -> None:
+    one = torch.ones(1)
+    params = Params(one * 0.5, one.long(), one * 0.5, one.long() * 0, one > 2, Tokens(MASK))
+    ids, is_open = torch.tensor([[1, 2, MASK, MASK]]), torch.tensor([[False, False, True, True]])
+    state = State(*torch.zeros(2, 1).long())
+    scores = Scores(torch.tensor([[1, 3, 4, 4]]), torch.tensor([[0.9, 0.9, 0.9, 0.1]]))
+    out = joint_threshold.step(BlockRows(ids, is_open, ~is_open), scores, state, params)
+    assert (out.ids.tolist(), out.done.tolist()) == ([[1, 3, 4, MASK]], [False])
+    out = joint_threshold.step(BlockRows(out.ids, out.open, ~out.open), scores, out.state, params)
+    assert (out.ids.tolist(), out.done.tolist()) == ([[1, 3, 4, 4]], [True])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sglang_llada.llada2.checkpoint import CheckpointFacts
+from sglang_llada.llada2.checkpoint import read_facts
 from sglang_llada.llada2.weights import load_reference
-from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, decoded
+from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
 from tests.host.serving import launch, ready, serving, session_members, stop, tail
+from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,20 +40,20 @@ def test_two_ranks_answer_as_one(how: str, replay: str, cases: list[Case], tmp_p
     assert (replayed > eager) == (replay == "1")
 
 
-def test_block_routing_on_two_ranks_answers_as_the_reference(
-    cases: list[Case], facts: CheckpointFacts, tmp_path: Path
-) -> None:
-    """The trained weights, made to route by block: answers are poor, and have to be the same."""
-    folder = tmp_path / "by-block"
-    shutil.copytree(TINY, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"expert_capacity": 6}))
-    model = load_reference(folder)
-    want = [decoded(model, facts, case.prompt) for case in cases[:100]]
-    with serving(folder, tmp_path / "log", *FLAGS["experts"]) as server:
-        answers = server.generate_all([case.prompt for case in want], NEW_TOKENS, 16)
-    compare(want, answers, "block routing, experts on two ranks, 16 at once")
-    assert [case.want.token_ids for case in want] != [case.want.token_ids for case in cases[:100]]
+def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[Case], tmp_path: Path) -> None:
+    """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests."""
+    model, facts = load_reference(CHECKPOINT), read_facts(CHECKPOINT)
+    assert facts.indel and model.config.expert_capacity is not None
+    prompts = [case.prompt[-60:] for case in cases[:12]]
+    asked = [each for way in WAYS for each in ask(model, facts, way, prompts)]
+    sampled = ask_sampled(model, facts, [*prompts, *babble(24)])
+    with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
+        for some, what in ((asked, "greedy"), (sampled, "sampled")):
+            with ThreadPoolExecutor(16) as pool:
+                answers = list(
+                    pool.map(lambda each: server.generate(each.case.prompt, NEW_TOKENS, **each.options), some)
+                )
+            compare([each.case for each in some], answers, f"{what}, every way, two ranks", most_close=0.6)
 
 
 def test_the_death_of_a_rank_ends_the_server(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Every way to decode, on the checkpoint that knows them all, and what the reference answers to each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_llada.config import DecodeConfig, Sampling
+from sglang_llada.llada2.checkpoint import CheckpointFacts
+from sglang_llada.llada2.editing import generate_as
+from sglang_llada.llada2.reference import Llada2ForDiffusion
+from tests.host.conftest import NEW_TOKENS, Case
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-llada2.2"
+# Decides rashly, so that there is something to edit.
+RASH = {"algorithm": "joint_threshold", "threshold": 0.0, "edit_threshold": 0.0, "max_post_edit_steps": 40}
+WAYS: dict[str, dict[str, Any]] = {  # custom_params
+    "threshold": {"algorithm": "threshold"},
+    "no early exit": {"algorithm": "threshold", "early_exit": False},
+    "few steps": {"algorithm": "threshold", "max_nfe": 2},
+    "live blocks": {"algorithm": "threshold", "live_blocks": 3, "next_block_share": 0.9},
+    "quality": {"algorithm": "joint_threshold"},
+    "rash": RASH,
+    "few steps of editing": {"algorithm": "joint_threshold", "threshold": 0.9, "max_nfe": 3},
+    "mbe": {"algorithm": "mbe", "mode": "speed"},
+    "rash mbe": {**RASH, "algorithm": "mbe", "window": 3},
+    "live blocks of mbe": {"algorithm": "mbe", "threshold": 0.9, "live_blocks": 2, "next_block_share": 1.0},
+    "edits on the way": {"algorithm": "mbe", "threshold": 0.5, "edit_threshold": 0.0, "max_post_edit_steps": 0},
+    "levenshtein": {},
+    "rash levenshtein": {"threshold": 0.0, "max_post_edit_steps": 40, "cumulative_budget": True},
+    "live blocks of levenshtein": {"live_blocks": 2, "next_block_share": 1.0},
+}
+WARM = {"temperature": 5.0}  # where even this model is of many minds
+SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sampling parameters, custom_params
+    "temperature": (WARM, {"algorithm": "threshold"}),
+    "at once": (WARM, {"algorithm": "threshold", "threshold": 0.0}),
+    "cut": ({"temperature": 5.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"algorithm": "threshold", "steps": 4}),
+    "edits": (WARM, {**RASH, "max_post_edit_steps": 3}),
+    "levenshtein": (WARM, {"threshold": 0.0, "max_post_edit_steps": 3}),
+    "live blocks": (WARM, {**WAYS["rash mbe"], "live_blocks": 2, "max_post_edit_steps": 3}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request: the way it is decoded, what Server.generate() is given beside the prompt, and the right answer."""
+
+    way: str
+    options: dict[str, Any]
+    new_tokens: int
+    case: Case
+
+
+def ask(
+    model: Llada2ForDiffusion,
+    facts: CheckpointFacts,
+    way: str,
+    prompts: list[list[int]],
+    new_tokens: int = NEW_TOKENS,
+    *,
+    ignore_eos: bool = False,
+) -> list[Asked]:
+    """Requests of one of WAYS."""
+    options = {"custom_params": WAYS[way], "ignore_eos": ignore_eos}
+    return [Asked(way, options, new_tokens, answer(model, facts, prompt, new_tokens, **options)) for prompt in prompts]
+
+
+def ask_sampled(model: Llada2ForDiffusion, facts: CheckpointFacts, prompts: list[list[int]]) -> list[Asked]:
+    """A request for each prompt, in the ways of SAMPLED in turn, with a seed of its own."""
+    out = []
+    for seed, prompt in enumerate(prompts):
+        way = list(SAMPLED)[seed % len(SAMPLED)]
+        numbers, custom_params = SAMPLED[way]
+        sampling = Sampling(**{"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, **numbers}, seed=seed)
+        common: dict[str, Any] = {"custom_params": custom_params, "ignore_eos": True}
+        case = answer(model, facts, prompt, NEW_TOKENS, **common, sampling=sampling)
+        out.append(Asked(way, {**common, **numbers, "sampling_seed": seed}, NEW_TOKENS, case))
+    return out
+
+
+def answer(
+    model: Llada2ForDiffusion,
+    facts: CheckpointFacts,
+    prompt: list[int],
+    new_tokens: int,
+    *,
+    custom_params: dict[str, Any],
+    ignore_eos: bool = False,
+    sampling: Sampling | None = None,
+) -> Case:
+    """What the reference answers."""
+    torch.set_num_threads(1)
+    params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(custom_params)
+    facts = replace(facts, stop_ids=frozenset()) if ignore_eos else facts
+    return Case(prompt, generate_as(replace(params, sampling=sampling), model, prompt, new_tokens, facts))
+
+
+def babble(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens, to which answers are long and odd."""
+    rng = random.Random(seed)
+    return [[rng.randrange(300) for _ in range(rng.choice([1, 5, 20, 33, 60]))] for _ in range(count)]
