@@ -48,6 +48,7 @@ FOR_ALL = (
     Parameter("max_nfe", int, 0, 0, 2**31 - 1, "decode steps after which a request ends as it is; 0: no bound"),
     Parameter("live_blocks", int, 1, 1, MOST_LIVE_BLOCKS, "blocks that may be decoded at once"),
     Parameter("next_block_share", float, 0.5, 0.0, 1.0, "share of open positions below which the next one begins"),
+    Parameter("trace", bool, False, 0, 1, "report the step and the probability that decided each token"),
 )
 
 ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
@@ -148,6 +149,7 @@ class DecodeConfig:
         window: blocks that may be edited at once: the one being decoded and those before it.
         live_blocks: blocks that may be decoded at once.
         next_block_share: the next of them begins when fewer positions than this share of the last one are open.
+        trace: whether to report the step of each token and its probability then.
         indel: whether the checkpoint has DELETE and SPLIT.
         sampling: how tokens are drawn; None: the best one, greedily.
     """
@@ -164,6 +166,7 @@ class DecodeConfig:
     window: int = 1
     live_blocks: int = 1
     next_block_share: float = 0.5
+    trace: bool = False
     indel: bool = False
     sampling: Sampling | None = None
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sglang_llada.errors import IntegrityError
 
@@ -68,7 +68,8 @@ class Block:
     tokens: list[int]
     open: list[bool]
     state: Sequence[int]  # what the decode carries from step to step; only kept here
-    steps: int = 0  # decode steps made on it until it was done
+    notes: list[Any]  # of each position what its tokens' decode says of it; only kept here
+    steps: int = 0  # decode steps made on it, edits of a done block included
     done: bool = False  # only edits from now on
 
 
@@ -80,6 +81,7 @@ class Decided:
     open: list[bool]
     done: bool
     state: Sequence[int] = ()
+    notes: list[Any] | None = None  # None: as they were
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +123,14 @@ class Request(Generic[P]):
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
+    notes: list[Any] = field(default_factory=list)  # on each of them
     filled: int = 0  # positions with final KV, a multiple of the block size; written by admit, fill, retract
     blocks: list[Block] = field(default_factory=list)  # the live ones, in order of position
     forwards: int = 0  # NFE: forwards the request took part in
     steps: int = 0  # decode steps
     steps_per_block: list[int] = field(default_factory=list)  # decode steps of each block that is gone
     blocks_reported: int = 0  # how many of those report_steps() has given out
+    notes_reported: int = 0
 
     def __post_init__(self) -> None:
         self._open_block(len(self.prompt) // self.block_size * self.block_size)
@@ -167,17 +171,17 @@ class Request(Generic[P]):
         before, answer = len(self.output), self._answer(spent)
         for i, token in enumerate(answer, 1):
             if token in self.stop_ids or before + i == self.max_new_tokens:
-                self.output += answer[:i]
+                self._commit(i)
                 self.end(Ending.STOP if token in self.stop_ids else Ending.LENGTH)
                 return i
         if spent:
-            self.output += answer
+            self._commit(len(answer))
             self.end(Ending.LENGTH)
             return len(answer)
         leave = max(self._leading_done() - self.rules.window + 1, 0)
         if self.rules.whole_blocks:
             answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)]
-        self.output += answer
+        self._commit(len(answer))
         for unchanged in same[:leave]:
             if unchanged and self.filled == self.live_from:
                 self.filled += self.block_size
@@ -202,6 +206,12 @@ class Request(Generic[P]):
         everything = self.steps_per_block + [block.steps for block in self.blocks if block.steps and ended]
         news = everything[self.blocks_reported :]
         self.blocks_reported = len(everything)
+        return news
+
+    def report_notes(self, upto: int) -> list[Any]:
+        """Notes on the tokens since the last call, of the first `upto` tokens."""
+        news = self.notes[self.notes_reported : upto]
+        self.notes_reported += len(news)
         return news
 
     # --- queries ----------------------------------------------------------------------------------------------------
@@ -231,9 +241,9 @@ class Request(Generic[P]):
         """Whether it has a live block to decide at all: a request for 0 tokens only fills."""
         return self.max_new_tokens > 0
 
-    def block_at(self, start: int) -> Block:
-        """The live block that starts there."""
-        return self.blocks[(start - self.live_from) // self.block_size]
+    def block_at(self, position: int) -> Block:
+        """The live block that holds the position."""
+        return self.blocks[(position - self.live_from) // self.block_size]
 
     def tokens_at(self, start: int) -> list[int]:
         """The block's tokens at `start`: known ones, or a live block as it stands."""
@@ -302,6 +312,13 @@ class Request(Generic[P]):
                 out.append(block.tokens[i])
         return out
 
+    def _commit(self, count: int) -> None:
+        """Take the next tokens and their notes from the live blocks."""
+        for at in range(self.known, self.known + count):
+            block = self.block_at(at)
+            self.output.append(block.tokens[at - block.start])
+            self.notes.append(block.notes[at - block.start])
+
     def _open_next(self) -> None:
         """Open the block after the live ones if it is time; see the module."""
         if not self.blocks:
@@ -320,15 +337,16 @@ class Request(Generic[P]):
         given = list(self.prompt[start:])
         holes = self.block_size - len(given)
         tokens, is_open = given + [self.mask_id] * holes, [False] * len(given) + [True] * holes
-        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh))
+        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, [None] * self.block_size))
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing."""
         self._check_step(block, new)
         same = new.tokens == block.tokens and new.open == block.open
         block.tokens, block.open = new.tokens, new.open
+        block.notes = block.notes if new.notes is None else new.notes
+        block.steps += 1
         if not block.done:
-            block.steps += 1
             block.done = new.done
             # What a decode counts, it counts until then: edits that come later are another matter.
             block.state = self.fresh if new.done else new.state

@@ -84,12 +84,20 @@ class Params:
 
 @dataclass(frozen=True, slots=True)
 class StepOut:
-    """ids int64 [R, T] and open bool [R, T] after the step; state for the next one; done bool [R]: no step follows."""
+    """What a step made of its rows.
+
+    ids: int64 [R, T] and open: bool [R, T] after the step. state: for the next one. done: bool [R], no step follows.
+    written: bool [R, T], where the step put a token. prob: fp32 [R, T], its probability there. origin: int64 [R, T],
+    where tokens stood that it did not put there.
+    """
 
     ids: Tensor
     open: Tensor
     state: State
     done: Tensor
+    written: Tensor
+    prob: Tensor
+    origin: Tensor
 
 
 Step = Callable[[BlockRows, Scores, State, Params], StepOut]

@@ -64,11 +64,15 @@ def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple
     )
 
 
-def pack(out: StepOut) -> Tensor:
-    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, then the state."""
+def pack(out: StepOut, *, trace: bool = False) -> Tensor:
+    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, then the state.
+
+    With `trace` [R, 3 T] more: written, origin, and prob as the bits of a float64.
+    """
     assert out.state.memory is not None
     numbers = torch.stack((out.done.long(), *(getattr(out.state, name) for name in STATE)), dim=-1)
-    return torch.cat((out.ids, out.open.long(), numbers, out.state.memory), dim=-1)
+    more = (out.written.long(), out.origin, out.prob.double().view(torch.int64)) if trace else ()
+    return torch.cat((out.ids, out.open.long(), numbers, out.state.memory, *more), dim=-1)
 
 
 def decide(
@@ -147,7 +151,16 @@ def where(rows: Tensor, a: StepOut, b: StepOut) -> StepOut:
             memory=torch.where(pick, a.state.memory, b.state.memory),
         ),
         done=torch.where(rows, a.done, b.done),
+        written=torch.where(pick, a.written, b.written),
+        prob=torch.where(pick, a.prob, b.prob),
+        origin=torch.where(pick, a.origin, b.origin),
     )
+
+
+def number(bits: int) -> float:
+    """The float64 of an integer's bits."""
+    x: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return x
 
 
 def bits(x: float) -> int:

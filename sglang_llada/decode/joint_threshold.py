@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
-from sglang_llada.decode.threshold import rank
+from sglang_llada.decode.threshold import positions, rank
 
 
 def step(block: BlockRows, scores: Scores, state: State, params: Params) -> StepOut:
@@ -38,4 +38,7 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
         open=still_open,
         state=replace(state, step=state.step + 1, edits=edits),
         done=~written.any(-1) | spent,
+        written=written,
+        prob=scores.prob,
+        origin=positions(block.ids),
     )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut
-from sglang_llada.decode.threshold import quota, rank
+from sglang_llada.decode.threshold import positions, quota, rank
 
 CANDIDATES = 5  # tokens per position that a step looks at: three may be forbidden
 TRIED = 4  # tokens remembered per position
@@ -70,11 +70,12 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
     changing = written & (token != block.ids)
     weakest = rank(-prob.masked_fill(~changing, float("inf"))) == 0
     untried = ~banned & ~(scores.candidates[..., None] == tried[:, :, None]).any(-1)
-    another, _ = first(scores.candidates, scores.chances, untried)
+    another, its_prob = first(scores.candidates, scores.chances, untried)
     turn = weakest & changing & again[:, None] & untried.any(-1)
-    token = torch.where(turn, another, token)
+    token, prob = torch.where(turn, another, token), torch.where(turn, its_prob, prob)
 
-    ids, newer = apply(block, token, written, newer, tokens.mask, tokens.delete, tokens.split)
+    ids, newer, origin = apply(block, token, written, newer, tokens.mask, tokens.delete, tokens.split)
+    came = origin.clamp(min=0)
     fixed = ~(block.open | block.editable)
     known = (tried == token[..., None]).any(-1)
     pushed = torch.cat((token[..., None], tried[..., :-1]), dim=-1)
@@ -89,6 +90,9 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
             memory=torch.cat((newer.long(), tried.flatten(1), seen), dim=-1),
         ),
         done=last | ~written.any(-1),
+        written=(written & (token != tokens.split)).gather(-1, came) & (origin >= 0),
+        prob=prob.gather(-1, came),
+        origin=origin,
     )
 
 
@@ -100,8 +104,8 @@ def first(candidates: Tensor, chances: Tensor, allowed: Tensor) -> tuple[Tensor,
 
 def apply(
     block: BlockRows, token: Tensor, written: Tensor, newer: Tensor, mask: int, delete: int, split: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens and `newer` flags [R, T] once what is written took effect, DELETE and SPLIT included."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, `newer` flags and where each stood (-1: nowhere), all [R, T], once what is written took effect."""
     T = block.ids.shape[1]
     deletes, splits = written & (token == delete), written & (token == split)
     value = torch.where(written & ~splits, token, block.ids)
@@ -110,7 +114,8 @@ def apply(
     to = to.masked_fill(deletes, T).clamp(max=T)
     ids = torch.full((len(value), T + 1), mask, dtype=value.dtype, device=value.device).scatter(-1, to, value)
     flags = torch.ones_like(ids, dtype=torch.bool).scatter(-1, to, newer)
-    return ids[:, :T], flags[:, :T]
+    origin = torch.full_like(ids, -1).scatter(-1, to, positions(block.ids))
+    return ids[:, :T], flags[:, :T], origin[:, :T]
 
 
 def fingerprint(ids: Tensor) -> Tensor:

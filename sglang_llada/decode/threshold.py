@@ -29,7 +29,15 @@ def step(block: BlockRows, scores: Scores, state: State, params: Params) -> Step
         open=still_open,
         state=replace(state, step=state.step + 1),
         done=~still_open.any(-1),
+        written=chosen,
+        prob=scores.prob,
+        origin=positions(block.ids),
     )
+
+
+def positions(ids: Tensor) -> Tensor:
+    """0 to T - 1 for each row of [R, T]: the origin of tokens where nothing moves."""
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
 def quota(step_index: Tensor, block_size: int, steps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.environ import envs
@@ -20,7 +20,7 @@ from torch import Tensor
 from sglang_llada.blocks import Block, Decided, Plan, Request, RowKind
 from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, pack, record
+from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, number, pack, record
 from sglang_llada.decode.sampling import Draws, uniform
 from sglang_llada.host.arguments import facts_of
 from sglang_llada.llada2.checkpoint import CheckpointFacts
@@ -48,6 +48,13 @@ class Decision:
 
     request: Request[DecodeConfig]
     blocks: list[Decided] | None
+
+
+class Note(NamedTuple):
+    """Of a token: the step of its block, from 1, that put it there, and its probability then."""
+
+    step: int
+    prob: float
 
 
 class Decider:
@@ -113,7 +120,8 @@ class Executor:
             return []
         out = launched.decided
         denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
-        read = iter(pack(out).cpu()[denoise].tolist())
+        trace = any(launched.plan.rows[i].request.params.trace for i in denoise)
+        read = iter(pack(out, trace=trace).cpu()[denoise].tolist())
         requests = {launched.plan.rows[i].request.rid: launched.plan.rows[i].request for i in denoise}
         return [self._decision(request, list(islice(read, len(request.blocks)))) for request in requests.values()]
 
@@ -124,6 +132,7 @@ class Executor:
         if any(row[0] < 0 for row in rows):
             return Decision(request, None)
         T = self.block_size
+        end = 2 * T + 1 + len(request.fresh)
         return Decision(
             request,
             [
@@ -131,9 +140,10 @@ class Executor:
                     tokens=row[:T],
                     open=[bool(is_open) for is_open in row[T : 2 * T]],
                     done=bool(row[2 * T]),
-                    state=row[2 * T + 1 :],
+                    state=row[2 * T + 1 : end],
+                    notes=notes(block, row[end:]) if request.params.trace else None,
                 )
-                for row in rows
+                for block, row in zip(request.blocks, rows, strict=True)
             ],
         )
 
@@ -233,6 +243,16 @@ def tokens_of(facts: CheckpointFacts) -> Tokens:
     if facts.delete_id is None or facts.split_id is None:
         return Tokens(facts.mask_id)
     return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
+
+
+def notes(block: Block, trace: list[int]) -> list[Note | None]:
+    """Of each position, after a step with this trace, the step (from 1) of its token and its probability then."""
+    T = len(block.notes)
+    written, origin, prob = trace[:T], trace[T : 2 * T], trace[2 * T :]
+    return [
+        Note(block.steps + 1, number(prob[i])) if written[i] else block.notes[origin[i]] if origin[i] >= 0 else None
+        for i in range(T)
+    ]
 
 
 def marks(request: Request[DecodeConfig], block: Block) -> list[int]:

@@ -278,6 +278,8 @@ SEAMS: tuple[Seam, ...] = (
          "the host judges new tokens: stop ids, stop strings, length", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:Req.finished", Kind.USE, "(self)",
          "whether the host sees an end", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop", Kind.USE, "(self)",
+         "how much of what was decided is returned", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:Req.refresh_fill_ids", Kind.USE, "(self)",
          "joins prompt and output before the radix tree is asked", OWN_SCHEDULER),
     *fields("sglang.srt.managers.schedule_batch:Req",

@@ -24,11 +24,11 @@ Candidates = list[list[tuple[int, float]]]  # of each position the best tokens a
 
 
 class LiveBlock(Protocol):
-    """A block while it is worked on: its tokens, which are open, and in which step (from 1) each was decided."""
+    """A block while it is worked on: its tokens, which are open, of each its step (from 1) and its probability then."""
 
     ids: list[int]
     given: int
-    decided_in: list[int]
+    notes: list[tuple[int, float]]
     edited: bool  # whether decided positions may change too
     gaps: list[float]  # of the last step: how far decisions were from going the other way
 
@@ -47,7 +47,7 @@ def generate_as(
     params: DecodeConfig, model: Llada2ForDiffusion, prompt_ids: list[int], max_new_tokens: int, facts: CheckpointFacts
 ) -> Generation:
     """The reference of whatever the parameters ask for."""
-    values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm]}
+    values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm] if p.name != "trace"}
     names = {"window", "live_blocks", "next_block_share"} & values.keys()
     window: dict[str, Any] = {name: values.pop(name) for name in names}
     if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None:
@@ -102,7 +102,7 @@ def generate_blocks(
     size, stops = model.config.block_size, frozenset(stop_ids)
     start = len(prompt_ids) // size * size
     live, done, gone = [fresh(prompt_ids[start:])], [False], prompt_ids[:start]
-    gone_steps: list[int] = [0] * start
+    gone_notes = [(0, 0.0)] * start
     out = Generation([], "length", 0)
     while max_new_tokens:
         logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
@@ -131,19 +131,19 @@ def generate_blocks(
         counts = live[:leading] if whole_blocks and not spent else live
         is_open = [hole for block in counts for hole in block.open] + [True]
         tokens = gone + [token for block in counts for token in block.ids][: is_open.index(True)]
-        steps = gone_steps + [step for block in counts for step in block.decided_in]
+        notes = gone_notes + [note for block in counts for note in block.notes]
         answer = tokens[len(prompt_ids) :][:max_new_tokens]
         end = next((i + 1 for i, token in enumerate(answer) if token in stops), None)
         if end is not None or len(answer) == max_new_tokens or spent:
             out.token_ids = answer[:end]
-            out.step_map = steps[len(prompt_ids) :][: len(out.token_ids)]
+            out.notes = notes[len(prompt_ids) :][: len(out.token_ids)]
             out.finish = "length" if end is None else "stop"
             break
 
         while leading >= window:
             block, leading = live.pop(0), leading - 1
             done.pop(0)
-            gone, gone_steps = gone + block.ids, gone_steps + block.decided_in
+            gone, gone_notes = gone + block.ids, gone_notes + block.notes
         limit = len(prompt_ids) + max_new_tokens
         given = max(len(prompt_ids) - len(gone), 0)
         decided = [token for block in live for token, hole in zip(block.ids, block.open, strict=True) if not hole][
@@ -219,7 +219,7 @@ class ThresholdBlock:
         self.threshold, self.steps = threshold, steps
         self.ids = given + [mask_id] * (size - len(given))
         self.open = [i >= self.given for i in range(size)]
-        self.decided_in = [0] * size
+        self.notes = [(0, 0.0)] * size
         self.step_index = 0
         self.gaps: list[float] = []
 
@@ -240,7 +240,7 @@ class ThresholdBlock:
         if len(sure) < least < len(order):
             self.gaps.append(conf[order[least - 1]] - conf[order[least]])
         for i in chosen:
-            self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
+            self.ids[i], self.open[i], self.notes[i] = token[i], False, (self.step_index, conf[i])
         return not any(self.open)
 
 
@@ -269,7 +269,7 @@ class JointBlock:
         self.threshold, self.edit_threshold, self.budget = threshold, edit_threshold, max_post_edit_steps
         self.ids = given + [mask_id] * (size - len(given))
         self.open = [i >= self.given for i in range(size)]
-        self.decided_in = [0] * size
+        self.notes = [(0, 0.0)] * size
         self.step_index = self.post_edit_steps = 0
         self.gaps: list[float] = []
 
@@ -295,7 +295,7 @@ class JointBlock:
         self.gaps += [edge(conf[i], self.edit_threshold) for i in differ]
         edited = [i for i in differ if conf[i] > self.edit_threshold]
         for i in chosen + edited:
-            self.ids[i], self.open[i], self.decided_in[i] = token[i], False, self.step_index
+            self.ids[i], self.open[i], self.notes[i] = token[i], False, (self.step_index, conf[i])
         spent = not any(self.open) and self.post_edit_steps >= self.budget
         return spent or (not chosen and not edited)
 
@@ -338,7 +338,7 @@ class LevenshteinBlock:
         self.budget, self.cumulative = max_post_edit_steps, cumulative_budget
         self.ids = given + [mask_id] * (size - len(given))
         self.original = [True] * size
-        self.decided_in = [0] * size
+        self.notes = [(0, 0.0)] * size
         self.step_index = self.post_edit_steps = 0
         self.tried: list[list[int]] = [[] for _ in range(size)]
         self.seen: list[list[int]] = []
@@ -399,15 +399,15 @@ class LevenshteinBlock:
                 self.tried[i] = ([token[i]] + self.tried[i])[:TRIED]
 
         self.step_index += 1
-        result: list[tuple[int, bool, int]] = []
+        result: list[tuple[int, bool, tuple[int, float]]] = []
         for i in range(size):
-            as_it_was = (self.ids[i], self.original[i], self.decided_in[i])
+            as_it_was = (self.ids[i], self.original[i], self.notes[i])
             if i not in written:
                 result.append(as_it_was)
             elif token[i] == self.split_id:
-                result += [(self.mask_id, False, 0), as_it_was]
+                result += [(self.mask_id, False, (0, 0.0)), as_it_was]
             elif token[i] != self.delete_id:
-                result.append((token[i], self.original[i], self.step_index))
-        result = (result + [(self.mask_id, False, 0)] * size)[:size]
-        self.ids, self.original, self.decided_in = map(list, zip(*result, strict=True))
+                result.append((token[i], self.original[i], (self.step_index, conf[i])))
+        result = (result + [(self.mask_id, False, (0, 0.0))] * size)[:size]
+        self.ids, self.original, self.notes = map(list, zip(*result, strict=True))
         return last or not written

@@ -202,8 +202,14 @@ class Generation:
     token_ids: list[int]
     finish: str  # "stop" | "length"
     forwards: int
-    step_map: list[int] = field(default_factory=list)  # 1-based step of its block in which each token was decided
+    # Of each token the step of its block (from 1) that decided it, and its probability then.
+    notes: list[tuple[int, float]] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+
+    @property
+    def step_map(self) -> list[int]:
+        """1-based step of its block in which each token was decided."""
+        return [step for step, _ in self.notes]
 
 
 def quota(step: int, block_size: int, steps: int) -> int:
@@ -241,7 +247,7 @@ def generate(
         first = len(known) - start  # positions of this block that are given
         block = known[start:] + [mask_id] * (size - first)
         is_open = [i >= first for i in range(size)]
-        decided_in = [0] * size
+        notes = [(0, 0.0)] * size
         end = None
         for step in range(steps):
             logits = model.block_causal(known[:start] + block)[start:]
@@ -257,11 +263,11 @@ def generate(
             chosen = sure if len(sure) >= least else order[:least]
             out.margins.append(_margin(logits, conf, candidates, chosen, order, threshold))
             for i in chosen:
-                block[i], is_open[i], decided_in[i] = best[i], False, step + 1
+                block[i], is_open[i], notes[i] = best[i], False, (step + 1, conf[i])
             end = _answer_end(block, is_open, first, limit - start, stops)
             if (end is not None and early_exit) or not any(is_open) or out.forwards == max_nfe:
                 break
-        if _take(out, block[first:], is_open[first:], decided_in[first:], max_new_tokens, stops):
+        if _take(out, block[first:], is_open[first:], notes[first:], max_new_tokens, stops):
             break
         known = list(prompt_ids) + out.token_ids
         if out.forwards == max_nfe:
@@ -270,14 +276,19 @@ def generate(
 
 
 def _take(
-    out: Generation, tokens: list[int], is_open: list[bool], step_map: list[int], limit: int, stops: frozenset[int]
+    out: Generation,
+    tokens: list[int],
+    is_open: list[bool],
+    notes: list[tuple[int, float]],
+    limit: int,
+    stops: frozenset[int],
 ) -> bool:
     """Add a block's tokens up to the first open one, to the first stop token or to the limit; whether it is stopped."""
-    for token, is_hole, step in zip(tokens, is_open, step_map, strict=True):
+    for token, is_hole, note in zip(tokens, is_open, notes, strict=True):
         if is_hole or len(out.token_ids) == limit:
             break
         out.token_ids.append(token)
-        out.step_map.append(step)
+        out.notes.append(note)
         if token in stops:
             out.finish = "stop"
             return True

@@ -235,13 +235,13 @@ def test_an_edit_of_an_older_block_may_take_the_stop_away_or_bring_it() -> None:
     assert request.phase is Phase.DECODING
 
 
-def test_older_blocks_steps_are_not_counted_and_their_state_is_fresh() -> None:
+def test_the_state_of_a_done_block_is_fresh() -> None:
     request = windowed(window=3)
     request.decide([Decided([7, 7, 8, 9], [False] * T, True, state=[5])])
     request.decide(
         [Decided([7, 7, 8, 8], [False] * T, False, state=[6]), Decided([1, 1, 1, 1], [False] * T, False, [3])]
     )
-    assert [(block.steps, block.state) for block in request.blocks] == [(1, ()), (1, [3])]
+    assert [(block.steps, block.state) for block in request.blocks] == [(2, ()), (1, [3])]
 
 
 def test_the_next_block_begins_below_the_share_and_waits_for_the_one_before() -> None:
@@ -266,7 +266,7 @@ def test_a_later_block_that_is_done_waits_for_the_earlier_one() -> None:
     assert len(request.blocks) == 2 and request.output == []
     assert see(request, [8, 8, 8, 9], [5] * T, done=1) == 8
     assert (request.live_from, request.filled) == (12, 4), "both are to be sealed"
-    assert request.steps_per_block == [3, 1]
+    assert request.steps_per_block == [3, 2]
     request.check()
 
 

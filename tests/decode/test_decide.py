@@ -11,7 +11,7 @@ import torch
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, fresh, idle, pack, record, unpack
+from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, fresh, idle, number, pack, record, unpack
 from sglang_llada.decode.select import Head, best, select
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
@@ -58,8 +58,13 @@ def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     assert given.edit_threshold.tolist() == [0.5, 1.0]
     assert given.threshold.dtype == torch.float32
     assert given.threshold[0] == torch.tensor(0.123456789)
-    out = StepOut(block.ids, block.open, state, torch.tensor([True, False]))
-    assert pack(out)[0].tolist() == [*range(6), 1, 0, 1, 0, 0, 1, 1, 3, 2, *memory]
+    prob = torch.full((2, T), 0.25)
+    out = StepOut(block.ids, block.open, state, torch.tensor([True, False]), block.open, prob, block.ids)
+    short = [*range(6), 1, 0, 1, 0, 0, 1, 1, 3, 2, *memory]
+    assert pack(out)[0].tolist() == short
+    row = pack(out, trace=True)[0].tolist()
+    assert row[: len(short) + 2 * T] == [*short, 1, 0, 1, 0, 0, 1, *range(6)]
+    assert [number(each) for each in row[len(short) + 2 * T :]] == [0.25] * T
 
 
 @pytest.mark.parametrize("tokens", [PLAIN, INDEL])

@@ -131,6 +131,23 @@ def test_samples_without_a_seed_differ(server: Server) -> None:
     assert len({tuple(answer) for answer in answers}) == 8
 
 
+def test_traces_are_the_references(
+    server: Server, prompts: list[list[int]], reference: Llada2ForDiffusion, facts: CheckpointFacts
+) -> None:
+    """Step and probability of each returned token, streamed or not."""
+    for way, params in WAYS.items():
+        for each in ask(reference, facts, way, [*prompts[20:23], *babble(3)]):
+            want = each.case.want
+            if each.case.close_call:
+                continue
+            traced = {**each.options, "custom_params": {**params, "trace": True}}
+            for send in (server.generate, server.stream):
+                meta = send(each.case.prompt, NEW_TOKENS, **traced)["meta_info"]
+                assert meta["step_maps"] == want.step_map, way
+                assert meta["dllm_confidences"] == pytest.approx([p for _, p in want.notes], abs=1e-4), way
+    assert "step_maps" not in server.generate(prompts[0], 4)["meta_info"]
+
+
 def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Server, prompts: list[list[int]]) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     for way, params in WAYS.items():

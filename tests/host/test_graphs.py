@@ -195,7 +195,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         hidden = torch.randn(batch.input_ids.shape[0], WIDTH)
         return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
 
-    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int) -> StepOut:
+    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, draws: None) -> StepOut:
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
     decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         with pytest.raises(IntegrityError, match="on the host"):
             executor.read(launched)
     assert [decision.request for decision in executor.read(launched)] == requests
-    assert all(len(decision.tokens or []) == T for decision in executor.read(launched))
+    assert all([len(b.tokens) for b in decision.blocks or []] == [T] for decision in executor.read(launched))
 
 
 def test_what_a_kernel_does_inside_is_its_own() -> None:
