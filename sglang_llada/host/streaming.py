@@ -36,7 +36,7 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
         """What there is to say of each request since its last output; nothing of those that were never admitted."""
         known = [(self.table.get(req.rid), req.finished()) for req in reqs]
         notes = [traced(req, request) for req, (request, _) in zip(reqs, known, strict=True)]
-        traces = {
+        traces: dict[str, list[Any]] = {
             STEP_MAPS: [[note.step for note in each] for each in notes],
             CONFIDENCES: [[note.prob for note in each] for each in notes],
         }
