@@ -71,8 +71,11 @@ def show_algorithms() -> int:
         print(f"{algorithm}  (--dllm-algorithm {flags})")
         for p in parameters:
             default = "block size" if p.default is None else p.default
-            high = "block size" if p.high is None else p.high
-            print(f"  {p.name:19} {p.kind.__name__:6} default {default}, {p.low} to {high}: {p.help}")
+            if isinstance(p.kind, tuple):
+                kind, allowed = "name", " or ".join(p.kind)
+            else:
+                kind, allowed = p.kind.__name__, f"{p.low} to {'block size' if p.high is None else p.high}"
+            print(f"  {p.name:19} {kind:6} default {default}, {allowed}: {p.help}")
     for name, (algorithm, changes) in config.VARIANTS.items():
         print(f"{name}  (--dllm-algorithm {config.flag_of(name)})  {algorithm} with {changes}")
     return 0

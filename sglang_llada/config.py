@@ -31,13 +31,14 @@ class Parameter:
     """One value that a decode algorithm takes; a number is allowed if low <= value <= high.
 
     Attributes:
+        kind: a type, or the names that are allowed.
         default: None means the block size.
         high: None means the block size.
     """
 
     name: str
-    kind: type[int] | type[float] | type[bool]
-    default: float | int | None
+    kind: type[int] | type[float] | type[bool] | tuple[str, ...]
+    default: float | int | str | None
     low: float | int
     high: float | int | None
     help: str
@@ -49,6 +50,14 @@ FOR_ALL = (
     Parameter("live_blocks", int, 1, 1, MOST_LIVE_BLOCKS, "blocks that may be decoded at once"),
     Parameter("next_block_share", float, 0.5, 0.0, 1.0, "share of open positions below which the next one begins"),
     Parameter("trace", bool, False, 0, 1, "report the step and the probability that decided each token"),
+    Parameter(
+        "stream_mode",
+        ("committed", "denoise"),
+        "committed",
+        0,
+        1,
+        "with denoise, also show what stands after each step",
+    ),
 )
 
 ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
@@ -76,6 +85,9 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
         *FOR_ALL,
     ),
 }
+
+SHOWN = {"trace", "stream_mode"}  # parameters that change what is said of an answer, and not the answer
+KEYS = {"algorithm", "mode"} | {p.name for parameters in ALGORITHMS.values() for p in parameters}
 
 # Named values of LLaDA2.1; what stands beside the mode in a mapping goes before the mode's.
 MODES: dict[str, dict[str, dict[str, float]]] = {
@@ -109,6 +121,7 @@ HOST_KEYS: dict[str, tuple[Any, ...] | None] = {
     "vectorized_decoding": (True, False),
 }
 DEFAULT_ALGORITHM = "threshold"
+RUN = "run"  # how structured output is decoded, whatever the request's algorithm
 RELEASE = re.compile(r"llada[-_.]?2\.(\d)", re.IGNORECASE)
 
 # The host's own default for diffusion models is 1, which serves one request at a time.
@@ -133,11 +146,26 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Report:
+    """Log-probabilities that a request wants of each token: the `top` largest, and those of `ids`.
+
+    Attributes:
+        original: of the logits as the network gives them, where otherwise they are of what tokens are chosen from.
+        prompt_from: of the prompt's tokens too, from this position on; None: not.
+    """
+
+    top: int = 0
+    ids: tuple[int, ...] = ()
+    original: bool = False
+    prompt_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How the blocks of a request are decoded; made by defaults() and replaced(), which check every value.
 
     Attributes:
-        algorithm: a key of ALGORITHMS.
+        algorithm: a key of ALGORITHMS, or RUN.
         block_size: positions of a block; a fact of the checkpoint, and the bound of steps.
         threshold: a token is kept when its probability is above (strictly) this.
         steps: most denoise steps that a block may take.
@@ -150,8 +178,11 @@ class DecodeConfig:
         live_blocks: blocks that may be decoded at once.
         next_block_share: the next of them begins when fewer positions than this share of the last one are open.
         trace: whether to report the step of each token and its probability then.
+        stream_mode: "denoise" to report after each step what stands behind the committed tokens, too.
         indel: whether the checkpoint has DELETE and SPLIT.
         sampling: how tokens are drawn; None: the best one, greedily.
+        report: the log-probabilities to report; None: none.
+        shaping: the host's record of what the request does to its logits (host/shaping.py); None: nothing.
     """
 
     algorithm: str
@@ -167,8 +198,11 @@ class DecodeConfig:
     live_blocks: int = 1
     next_block_share: float = 0.5
     trace: bool = False
+    stream_mode: str = "committed"
     indel: bool = False
     sampling: Sampling | None = None
+    report: Report | None = None
+    shaping: Any = None
 
     @classmethod
     def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM, *, indel: bool = False) -> DecodeConfig:
@@ -187,7 +221,7 @@ class DecodeConfig:
     @property
     def edits(self) -> bool:
         """Whether decided tokens may change until their block is done."""
-        return self.algorithm != "threshold"
+        return self.algorithm in ("joint_threshold", "levenshtein")
 
     @property
     def reopens(self) -> bool:
@@ -197,6 +231,8 @@ class DecodeConfig:
     @property
     def most_steps(self) -> int:
         """The bound on a block's steps that the algorithm's docstring proves."""
+        if self.algorithm == RUN:
+            return self.block_size
         if not self.edits:
             return self.steps
         return self.block_size + self.max_post_edit_steps + (1 if self.reopens else 0)
@@ -230,6 +266,11 @@ class DecodeConfig:
             if name in parameters
         }
         return replace(base, **values)
+
+    @property
+    def from_left_to_right(self) -> DecodeConfig:
+        """This for structured output: decided in runs above the same threshold, which are final at once."""
+        return replace(self, algorithm=RUN, early_exit=True, window=1, live_blocks=1)
 
     def _switched(self, algorithm: str) -> DecodeConfig:
         return (
@@ -290,8 +331,10 @@ def one_of(key: str, value: Any, allowed: Collection[str], where: str) -> str:
     return value
 
 
-def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int | bool:
+def checked(value: Any, parameter: Parameter, block_size: int, where: str) -> float | int | bool | str:
     """The value as the parameter's kind, or ConfigError. An integer is a fine float; a bool is no number."""
+    if isinstance(parameter.kind, tuple):
+        return one_of(parameter.name, value, parameter.kind, where)
     if parameter.kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{where}: {parameter.name} is {value!r}; allowed: true or false")

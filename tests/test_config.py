@@ -96,7 +96,7 @@ def test_unknown_keys_are_named_with_the_allowed_ones(base: DecodeConfig) -> Non
         base.replaced({"threshold": 0.5, "treshold": 0.5, "block_size": 4}, "--dllm-algorithm-config")
     assert str(error.value) == (
         "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps, early_exit, "
-        "max_nfe, live_blocks, next_block_share, trace, algorithm"
+        "max_nfe, live_blocks, next_block_share, trace, stream_mode, algorithm"
     )
 
 
@@ -177,7 +177,7 @@ def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) ->
         (
             {"mode": "speed"},
             "custom_params: unknown key 'mode'; allowed: threshold, steps, early_exit, max_nfe, live_blocks, "
-            "next_block_share, trace, algorithm",
+            "next_block_share, trace, stream_mode, algorithm",
         ),
         (
             {"algorithm": "mbe2"},
@@ -223,4 +223,4 @@ def test_every_flag_means_a_known_algorithm() -> None:
 def test_every_decode_rule_has_parameters_and_the_other_way_round() -> None:
     from sglang_llada import decode
 
-    assert set(decode.ALGORITHMS) == set(config.ALGORITHMS)
+    assert set(decode.ALGORITHMS) == {*config.ALGORITHMS, config.RUN}

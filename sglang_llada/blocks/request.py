@@ -95,6 +95,7 @@ class Rules:
         most_steps: the decode's bound on steps of a block; None: one for each position.
         max_nfe: decode steps after which the request ends as it is; 0: no bound.
         window, live_blocks, next_block_share: see the module.
+        reads_prompt: whether the first live block runs once even if no token is asked for.
     """
 
     edits: bool = False
@@ -105,6 +106,7 @@ class Rules:
     window: int = 1
     live_blocks: int = 1
     next_block_share: float = 0.0
+    reads_prompt: bool = False
 
 
 @dataclass(slots=True)
@@ -124,6 +126,7 @@ class Request(Generic[P]):
     ending: Ending | None = None  # written by end() and decide()
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
     notes: list[Any] = field(default_factory=list)  # on each of them
+    prompt_notes: dict[int, Any] = field(default_factory=dict)  # by position; only kept here
     filled: int = 0  # positions with final KV, a multiple of the block size; written by admit, fill, retract
     blocks: list[Block] = field(default_factory=list)  # the live ones, in order of position
     forwards: int = 0  # NFE: forwards the request took part in
@@ -167,6 +170,9 @@ class Request(Generic[P]):
         self._expect("decide", Phase.DECODING)
         same = [self._take(block, new) for block, new in zip(self.blocks, news, strict=True)]
         self.steps += 1
+        if self.max_new_tokens == 0:
+            self.end(Ending.LENGTH)
+            return 0
         spent = self.steps == self.rules.max_nfe
         before, answer = len(self.output), self._answer(spent)
         for i, token in enumerate(answer, 1):
@@ -214,6 +220,16 @@ class Request(Generic[P]):
         self.notes_reported += len(news)
         return news
 
+    def standing(self) -> list[int | None]:
+        """What stands behind the committed tokens in the live blocks: tokens that may change, None where open."""
+        if self.phase is Phase.DONE:
+            return []
+        return [
+            None if block.open[i] else block.tokens[i]
+            for block in self.blocks
+            for i in range(max(self.known - block.start, 0), self.block_size)
+        ]
+
     # --- queries ----------------------------------------------------------------------------------------------------
 
     @property
@@ -238,8 +254,8 @@ class Request(Generic[P]):
 
     @property
     def wants_decode(self) -> bool:
-        """Whether it has a live block to decide at all: a request for 0 tokens only fills."""
-        return self.max_new_tokens > 0
+        """Whether its live block runs at all: a request for 0 tokens mostly only fills."""
+        return self.max_new_tokens > 0 or self.rules.reads_prompt
 
     def block_at(self, position: int) -> Block:
         """The live block that holds the position."""
@@ -290,7 +306,7 @@ class Request(Generic[P]):
     def _catch_up(self) -> None:
         if self.filled == self.live_from:
             self.phase = Phase.DECODING
-            if self.max_new_tokens == 0:
+            if not self.wants_decode:
                 self.end(Ending.LENGTH)
 
     def _leading_done(self) -> int:

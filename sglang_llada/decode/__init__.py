@@ -5,11 +5,12 @@ Adding an algorithm is one file and one line in ALGORITHMS.
 
 from __future__ import annotations
 
-from sglang_llada.decode import joint_threshold, levenshtein, threshold
+from sglang_llada.decode import joint_threshold, levenshtein, run, threshold
 from sglang_llada.decode.contract import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "threshold": Algorithm(step=threshold.step, source="LLaDA2.0"),
     "joint_threshold": Algorithm(step=joint_threshold.step, source="LLaDA2.1"),
     "levenshtein": Algorithm(step=levenshtein.step, source="LLaDA2.2", indel=True),
+    "run": Algorithm(step=run.step, source="structured output"),
 }

@@ -18,8 +18,8 @@ from torch import Tensor
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.sampling import Draws, draw
-from sglang_llada.decode.select import Best, Exchange, Head, select
+from sglang_llada.decode.select import Exchange, Head, select
+from sglang_llada.decode.whole import Group, choose
 
 FIXED, OPEN, EDITABLE = range(3)
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
@@ -85,7 +85,7 @@ def decide(
     block_size: int,
     tokens: Tokens,
     exchange: Exchange | None = None,
-    draws: Draws | None = None,
+    groups: Sequence[Group] = (),
 ) -> StepOut:
     """Decisions for all rows of a forward.
 
@@ -96,23 +96,29 @@ def decide(
         count: at least as many positions as are open or editable. A graph does not know and says R * T.
         head, exchange: as for select.
         block_size, tokens: T, and the checkpoint's own tokens, which say what algorithms there are.
-        draws: positions whose token is drawn, where the others get their best one.
+        groups: requests with more to them than their best tokens, sorted by whole.order().
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
     """
     block, state, params, algorithm = unpack(ids, table, block_size, tokens)
+    # Where the checkpoint inserts and deletes several candidates are looked at, the mask among them.
+    never, k = (-1, levenshtein.CANDIDATES) if tokens.indel else (tokens.mask, 1)
     wanted = (block.open | block.editable).flatten()
-    wanted_first = wanted.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-    found = best_of(hidden[wanted_first], head, tokens, exchange, wanted.sum())
+    token, prob = ids.new_zeros(len(ids), k), hidden.new_zeros(len(ids), k, dtype=torch.float32)
+    choosing = [group for group in groups if group.chooses]
+    elsewhere = [i for group in choosing for i in group.at]
+    selected = wanted.index_fill(0, torch.tensor(elsewhere, device=ids.device), False) if elsewhere else wanted
+    if len(elsewhere) < count:
+        first = selected.to(torch.uint8).argsort(descending=True, stable=True)[: count - len(elsewhere)]
+        found = select(hidden[first], head, never, k, exchange, selected.sum())
+        token, prob = token.index_copy(0, first, found.token), prob.index_copy(0, first, found.prob)
+    if choosing:
+        at, found = choose(hidden, choosing, head, tokens.mask, never, k, exchange)
+        token, prob = token.index_copy(0, at, found.token), prob.index_copy(0, at, found.prob)
     shape = (*block.ids.shape, -1)
-    token = ids.new_zeros(len(ids), found.token.shape[1]).index_copy(0, wanted_first, found.token).view(shape)
-    prob = hidden.new_zeros(len(ids), found.prob.shape[1], dtype=torch.float32)
-    prob = prob.index_copy(0, wanted_first, found.prob).view(shape)
+    token, prob = token.view(shape), prob.view(shape)
     unsound = ((token[..., 0] < 0) & wanted.view(block.ids.shape)).any(-1, keepdim=True)
-    if draws is not None:
-        drawn = draw(hidden[draws.at], head, tokens.mask, draws, exchange)
-        token, prob = (put_first(old, new, draws.at) for old, new in zip((token, prob), drawn, strict=True))
     best, chance = levenshtein.first(token, prob, token != tokens.mask)
     scores = Scores(best, chance, candidates=token, chances=prob)
     out: StepOut | None = None
@@ -123,19 +129,6 @@ def decide(
         out = mine if out is None else where(algorithm == CODES[name], mine, out)
     assert out is not None
     return replace(out, ids=out.ids.masked_fill(unsound, -1))
-
-
-def put_first(ranked: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """[R, T, K] with `values` [P] before the others at the flat positions `at` [P]; the last one falls out."""
-    flat = ranked.flatten(0, 1)
-    return flat.index_copy(0, at, torch.cat((values[:, None], flat[at, :-1]), dim=-1)).view_as(ranked)
-
-
-def best_of(hidden: Tensor, head: Head, tokens: Tokens, exchange: Exchange | None, wanted: Tensor) -> Best:
-    """As select: the best token alone, or where the checkpoint inserts and deletes several, the mask among them."""
-    if tokens.indel:
-        return select(hidden, head, -1, levenshtein.CANDIDATES, exchange, wanted)
-    return select(hidden, head, tokens.mask, exchange=exchange, wanted=wanted)
 
 
 def where(rows: Tensor, a: StepOut, b: StepOut) -> StepOut:

@@ -1,4 +1,4 @@
-"""Sampling, for positions of requests that ask for it: whole logits, one draw per position and step.
+"""Sampling, for positions of requests that ask for it: one draw per position and step, from whole logits (whole.py).
 
 The tokens' distribution is the softmax of logits / temperature, the mask left out, cut by top-k, top-p and min-p as the
 host's sampler cuts it and scaled to 1 again. The draw takes the token at which the distribution's sum, in order of ids,
@@ -12,24 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_llada.decode.select import Exchange, Head
-
-CHUNK = 256  # positions whose logits exist at once
 UNIT = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Positions that are sampled, first those whose distribution is not cut.
+    """How each of P positions is drawn, first those whose distribution is not cut.
 
-    at: int64 [P], where they stand among the R * T of the forward. temperature, top_p, min_p: fp32 [P]; top_k: int64
-    [P]. noise: fp64 [P] in [0, 1). whole: how many of them are not cut.
+    temperature, top_p, min_p: fp32 [P]; top_k: int64 [P]. noise: fp64 [P] in [0, 1). whole: how many are not cut.
     """
 
-    at: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -38,35 +32,17 @@ class Draws:
     whole: int
 
 
-def draw(
-    hidden: Tensor, head: Head, mask_id: int, draws: Draws, exchange: Exchange | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sampled tokens, int64 [P], and their probabilities, fp32 [P]; hidden [P, H] of the positions."""
-    tokens, probs = [], []
-    for start in range(0, len(hidden), CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = whole_logits(hidden[part], head, exchange)
-        logits[:, mask_id] = float("-inf")
-        chances = (logits / draws.temperature[part, None]).softmax(-1)
-        uncut = min(max(draws.whole - start, 0), len(chances))
-        pieces = [sample(chances[:uncut], draws.noise[part][:uncut])]
-        if uncut < len(chances):
-            cut = slice(start + uncut, start + len(chances))
-            left = cut_off(chances[uncut:], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
-            pieces.append(sample(left, draws.noise[cut]))
-        for token, prob in pieces:
-            tokens.append(token)
-            probs.append(prob)
-    return torch.cat(tokens), torch.cat(probs)
-
-
-def whole_logits(hidden: Tensor, head: Head, exchange: Exchange | None) -> Tensor:
-    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded."""
-    logits = F.linear(hidden.float(), head.weight.float())
-    if exchange is None:
-        return logits
-    padded = F.pad(logits, (0, head.slots - logits.shape[-1]), value=float("nan"))
-    return torch.cat(list(exchange(padded)), dim=-1)[:, : head.vocabulary]
+def draw(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Sampled tokens, int64 [P], and their probabilities, fp32 [P], from logits fp32 [P, V], which are spoilt."""
+    logits[:, mask_id] = float("-inf")
+    chances = (logits / draws.temperature[:, None]).softmax(-1)
+    uncut, cut = slice(draws.whole), slice(draws.whole, None)
+    token, prob = sample(chances[uncut], draws.noise[uncut])
+    if draws.whole == len(chances):
+        return token, prob
+    left = cut_off(chances[cut], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
+    others = sample(left, draws.noise[cut])
+    return torch.cat((token, others[0])), torch.cat((prob, others[1]))
 
 
 def cut_off(chances: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -11,9 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_llada.config import DecodeConfig, Sampling
+from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB as ORIGINAL_LOGPROBS
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from sglang.srt.sampling.sampling_params import REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY
+
+from sglang_llada.config import KEYS, DecodeConfig, Report, Sampling
 from sglang_llada.errors import ConfigError
 
+# Keys of custom_params that the host writes and reads itself.
+HOST_PARAMS = {REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY, "thinking_budget"}
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 
@@ -26,22 +32,6 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal(
-        lambda r, p: p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0,
-        "penalties are not supported: got frequency_penalty {p.frequency_penalty}, presence_penalty "
-        "{p.presence_penalty}, repetition_penalty {p.repetition_penalty}; send 0, 0 and 1",
-    ),
-    Refusal(lambda r, p: p.min_new_tokens > 0, "min_new_tokens {p.min_new_tokens} is not supported; send 0"),
-    Refusal(lambda r, p: p.logit_bias, "logit_bias is not supported"),
-    Refusal(lambda r, p: r.custom_logit_processor, "custom_logit_processor is not supported"),
-    Refusal(
-        lambda r, p: p.json_schema or p.regex or p.ebnf or p.structural_tag,
-        "structured output (json_schema, regex, ebnf, structural_tag, response_format, required tools) "
-        "is not supported",
-    ),
-    Refusal(
-        lambda r, p: r.return_logprob, "log-probabilities are not supported; send return_logprob or logprobs false"
-    ),
     Refusal(lambda r, p: r.return_hidden_states, "return_hidden_states is not supported"),
     Refusal(lambda r, p: r.return_routed_experts or r.return_indexer_topk, "expert and index traces are not supported"),
     Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported"),
@@ -59,31 +49,61 @@ REFUSALS = (
 )
 
 
-def why_refused(req: Any, defaults: DecodeConfig) -> str | None:
+def why_refused(req: Any, defaults: DecodeConfig, vocabulary: int) -> str | None:
     """The sentence that refuses a host request, or None if it is welcome."""
     params = req.sampling_params
     for refusal in REFUSALS:
         if refusal.asks(req, params):
             return refusal.sentence.format(r=req, p=params)
     try:
-        decode_params(req, defaults)
+        decode_params(req, defaults, vocabulary)
     except ConfigError as error:
         return str(error)
     return None
 
 
-def decode_params(req: Any, defaults: DecodeConfig) -> DecodeConfig:
-    """The server's decode parameters with what the request's custom_params say instead, and how it samples.
+def decode_params(req: Any, defaults: DecodeConfig, vocabulary: int) -> DecodeConfig:
+    """The server's decode parameters with what the request's custom_params say instead, and what else it wants.
 
     ConfigError if custom_params are bad; the host checks its own parameters.
     """
     params = req.sampling_params
-    decode = defaults.replaced(params.custom_params or {})
+    processor_of(req)
+    custom = {key: value for key, value in (params.custom_params or {}).items() if key not in HOST_PARAMS}
+    if req.custom_logit_processor:  # what we do not know is for it
+        processor_of(req)
+    custom = {key: value for key, value in custom.items() if key in KEYS}
+    decode = replace(defaults.replaced(custom), report=report_of(req, vocabulary))
+    if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
+        decode = decode.from_left_to_right
     if params.top_k == TOP_K_GREEDY:
         return decode
     seed = seed_of(req.rid) if params.sampling_seed is None else params.sampling_seed
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.min_p, signed(seed))
     return replace(decode, sampling=sampling)
+
+
+def processor_of(req: Any) -> Any:
+    """A request's custom logit processor, or None; ConfigError if its text makes none."""
+    if not req.custom_logit_processor:
+        return None
+    try:
+        return CustomLogitProcessor.from_str(req.custom_logit_processor)
+    except Exception as error:  # whatever a user's pickle raises
+        raise ConfigError(f"custom_logit_processor cannot be loaded: {error!r}") from None
+
+
+def report_of(req: Any, vocabulary: int) -> Report | None:
+    """The log-probabilities that a request wants; ConfigError if there are no such."""
+    if not req.return_logprob:
+        return None
+    top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len
+    if not 0 <= top < vocabulary:
+        raise ConfigError(f"top_logprobs_num is {top}; allowed: 0 to {vocabulary - 1}")
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"token_ids_logprob holds {token}; allowed: 0 to {vocabulary - 1}")
+    return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if 0 <= start < len(req.origin_input_ids) else None)
 
 
 def seed_of(rid: str) -> int:
@@ -98,9 +118,12 @@ def signed(number: int) -> int:
 
 def stop_ids(req: Any) -> frozenset[int]:
     """Token ids that end a request, as the host's own finish check sees them."""
+    return frozenset() if req.sampling_params.ignore_eos else ends_of(req)
+
+
+def ends_of(req: Any) -> frozenset[int]:
+    """Token ids that end a request which does not ignore them."""
     params = req.sampling_params
-    if params.ignore_eos:
-        return frozenset()
     found = set(params.stop_token_ids or ()) | set(req.eos_token_ids or ())
     if req.tokenizer is not None:
         found.add(req.tokenizer.eos_token_id)

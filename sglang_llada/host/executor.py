@@ -7,7 +7,8 @@ captured CUDA graph decides inside it (graphs.py), every other one right after i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
-from sglang_llada.blocks import Block, Decided, Plan, Request, RowKind
-from sglang_llada.config import DecodeConfig, Sampling
+from sglang_llada.blocks import Block, Decided, Plan, Request, Row, RowKind
+from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, number, pack, record
-from sglang_llada.decode.sampling import Draws, uniform
+from sglang_llada.decode.sampling import uniform
+from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
@@ -35,14 +37,18 @@ class InFlight:
         decided: what they decided, still on the device, first the plan's rows and then perhaps padding; None if the
             plan has no DENOISE row. A replayed graph writes its next decisions over these.
         replayed: whether a graph ran it.
+        groups: requests with more to them than their best tokens.
+        reports: the log-probabilities that some of them want, see whole.report().
     """
 
     plan: Plan
     decided: StepOut | None
     replayed: bool
+    groups: list[RequestGroup]
+    reports: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """What a step decided for each live block of a request; None if some of its logits were not finite."""
 
@@ -51,10 +57,19 @@ class Decision:
 
 
 class Note(NamedTuple):
-    """Of a token: the step of its block, from 1, that put it there, and its probability then."""
+    """Of a token: the step of its block, from 1, that put it there, its probability then, and its row of a report."""
 
     step: int
     prob: float
+    report: list[float] | None = None
+
+
+class RequestGroup(NamedTuple):
+    """Positions of a request that a step chooses tokens for or reports on."""
+
+    request: Request[DecodeConfig]
+    positions: list[int]
+    group: Group
 
 
 class Decider:
@@ -68,11 +83,17 @@ class Decider:
         self.tokens = tokens_of(facts)
         self.idle = idle(self.block_size, self.tokens)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, draws: Draws | None = None) -> StepOut:
+    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, groups: Sequence[Group] = ()) -> StepOut:
         """As decide()."""
         head, exchange = self.model.head, self.model.exchange
         shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
-        return decide(hidden, ids, table, count, head=head, exchange=exchange, draws=draws, **shape)
+        return decide(hidden, ids, table, count, head=head, exchange=exchange, groups=groups, **shape)
+
+    def report(self, hidden: Tensor, groups: list[Group], ids: Tensor, origin: Tensor) -> Tensor | None:
+        """As report(); None if nobody wants one."""
+        if all(group.report is None for group in groups):
+            return None
+        return report(hidden, groups, ids, origin, self.model.head, self.tokens.mask, self.model.exchange)
 
 
 class Executor:
@@ -103,32 +124,56 @@ class Executor:
         batch.step_table = table  # for the graph runner
         output = self.runner.forward(batch)
         denoise = plan.of(RowKind.DENOISE)
-        draws = self._draws(plan)
+        asking = self._groups(plan)
+        groups = [each.group for each in asking]
+        hidden = output.logits_output.hidden_states
         if not denoise:
             decided = None
-        elif output.can_run_graph and draws is None:
+        elif output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
         else:
             count = int(sum(sum(map(bool, marks(row.request, row.request.block_at(row.start)))) for row in denoise))
-            hidden = output.logits_output.hidden_states[: len(ids)]
-            decided = self.decide(hidden, ids, table, count, draws)
-        return InFlight(plan, decided, output.can_run_graph)
+            decided = self.decide(hidden[: len(ids)], ids, table, count, groups)
+        blocks, unmoved = ids.view(-1, self.block_size), self.offsets.expand(len(plan.rows), -1)
+        after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
+        reports = self.decide.report(hidden, groups, *after) if groups else None
+        return InFlight(plan, decided, output.can_run_graph, asking, reports)
 
     def read(self, launched: InFlight) -> list[Decision]:
         """Wait for a step and bring its decisions to the host: the step's one device-to-host read."""
+        reports = self._read_reports(launched)
         if launched.decided is None:
             return []
         out = launched.decided
         denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
-        trace = any(launched.plan.rows[i].request.params.trace for i in denoise)
+        trace = any(noted(launched.plan.rows[i].request) for i in denoise)
         read = iter(pack(out, trace=trace).cpu()[denoise].tolist())
         requests = {launched.plan.rows[i].request.rid: launched.plan.rows[i].request for i in denoise}
-        return [self._decision(request, list(islice(read, len(request.blocks)))) for request in requests.values()]
+        return [
+            self._decision(request, list(islice(read, len(request.blocks))), reports.get(request.rid, {}))
+            for request in requests.values()
+        ]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _decision(self, request: Request[DecodeConfig], rows: list[list[int]]) -> Decision:
-        """From rows of pack(), one for each live block."""
+    def _read_reports(self, launched: InFlight) -> dict[str, dict[int, list[float]]]:
+        """Of requests that want log-probabilities, by id, the row of each position; prompts keep theirs."""
+        if launched.reports is None:
+            return {}
+        flat = iter(launched.reports.tolist())
+        found: dict[str, dict[int, list[float]]] = {}
+        for request, positions, group in launched.groups:
+            if group.report is not None:
+                width = 1 + 2 * group.report.top + len(group.report.ids)
+                rows = {position: list(islice(flat, width)) for position in positions}
+                request.prompt_notes.update({at: row for at, row in rows.items() if at < len(request.prompt)})
+                found.setdefault(request.rid, {}).update(rows)
+        return found
+
+    def _decision(
+        self, request: Request[DecodeConfig], rows: list[list[int]], reports: dict[int, list[float]]
+    ) -> Decision:
+        """From rows of pack(), one for each live block, and of its positions what they report."""
         if any(row[0] < 0 for row in rows):
             return Decision(request, None)
         T = self.block_size
@@ -141,7 +186,7 @@ class Executor:
                     open=[bool(is_open) for is_open in row[T : 2 * T]],
                     done=bool(row[2 * T]),
                     state=row[2 * T + 1 : end],
-                    notes=notes(block, row[end:]) if request.params.trace else None,
+                    notes=notes(block, row[end:], reports) if noted(request) else None,
                 )
                 for block, row in zip(request.blocks, rows, strict=True)
             ],
@@ -164,33 +209,49 @@ class Executor:
         rows = packed.to(self.device, non_blocking=True)
         return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :]
 
-    def _draws(self, plan: Plan) -> Draws | None:
-        """The positions of requests that sample at which tokens may change; None if there are none."""
-        found: list[tuple[int, int, int, Sampling]] = []  # flat position, position, step, how
+    def _groups(self, plan: Plan) -> list[RequestGroup]:
+        """Requests with more to them than their best tokens, in the order that a step needs."""
+        found = {}
+        asked: list[RequestGroup] = []
         for r, row in enumerate(plan.rows):
-            how = row.request.params.sampling
-            if row.kind is RowKind.DENOISE and how is not None:
-                free = marks(row.request, row.request.block_at(row.start))
-                for i in (i for i, mark in enumerate(free) if mark != FIXED):
-                    found.append((r * self.block_size + i, row.start + i, row.request.steps, how))
-        if not found:
+            request, params = row.request, row.request.params
+            if (prompt := self._prompt_group(r, row)) is not None:
+                asked.append(prompt)
+            if row.kind is not RowKind.DENOISE or request.rid in found:
+                continue  # the rows of its other live blocks follow this one
+            if params.sampling is None and params.shaping is None and params.report is None:
+                continue
+            positions = free_positions(request)
+            how, noise = params.sampling, None
+            if how is not None:
+                where = torch.tensor(positions)
+                noise = uniform(torch.full_like(where, how.seed), where, torch.full_like(where, request.steps))
+            found[request.rid] = RequestGroup(
+                request,
+                positions,
+                Group(
+                    at=[r * self.block_size + position - row.start for position in positions],
+                    vocabulary=self.decide.model.config.vocab_size,
+                    sampling=how,
+                    noise=noise,
+                    shape=None if params.shaping is None else params.shaping.of(request, positions),
+                    report=params.report,
+                ),
+            )
+        return sorted([*found.values(), *asked], key=lambda each: order(each.group))
+
+    def _prompt_group(self, r: int, row: Row) -> RequestGroup | None:
+        """The prompt's tokens in row `r` of which the request wants log-probabilities and has none yet."""
+        request, wanted = row.request, row.request.params.report
+        if wanted is None or wanted.prompt_from is None or row.kind is RowKind.SEAL:
             return None
+        mine = range(max(row.start, wanted.prompt_from), min(row.start + self.block_size, len(request.prompt)))
+        positions = [position for position in mine if position not in request.prompt_notes]
+        if not positions:
+            return None
+        at = [r * self.block_size + position - row.start for position in positions]
         vocabulary = self.decide.model.config.vocab_size
-        cut = [how.top_k < vocabulary or how.top_p < 1 or how.min_p > 0 for *_, how in found]
-        found = [found[i] for i in sorted(range(len(found)), key=cut.__getitem__)]
-        at, position, step, ways = zip(*found, strict=True)
-        seeds = torch.tensor([how.seed for how in ways])
-        noise = uniform(seeds, torch.tensor(position), torch.tensor(step))
-        numbers = torch.tensor([(how.temperature, how.top_p, how.min_p) for how in ways]).to(self.device)
-        return Draws(
-            at=torch.tensor(at, device=self.device),
-            temperature=numbers[:, 0],
-            top_k=torch.tensor([min(how.top_k, vocabulary) for how in ways], device=self.device),
-            top_p=numbers[:, 1],
-            min_p=numbers[:, 2],
-            noise=noise.to(self.device),
-            whole=len(cut) - sum(cut),
-        )
+        return RequestGroup(request, positions, Group(at, vocabulary, report=replace(wanted, original=True)))
 
     def forward_batch(
         self,
@@ -245,13 +306,29 @@ def tokens_of(facts: CheckpointFacts) -> Tokens:
     return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
 
 
-def notes(block: Block, trace: list[int]) -> list[Note | None]:
-    """Of each position, after a step with this trace, the step (from 1) of its token and its probability then."""
+def noted(request: Request[DecodeConfig]) -> bool:
+    """Whether there must be notes on its tokens."""
+    return request.params.trace or request.params.report is not None
+
+
+def notes(block: Block, trace: list[int], reports: dict[int, list[float]]) -> list[Note | None]:
+    """Of each position, after a step with this trace, what is to be said of its token; `reports` by position."""
     T = len(block.notes)
     written, origin, prob = trace[:T], trace[T : 2 * T], trace[2 * T :]
     return [
-        Note(block.steps + 1, number(prob[i])) if written[i] else block.notes[origin[i]] if origin[i] >= 0 else None
+        Note(block.steps + 1, number(prob[i]), reports.get(block.start + origin[i]))
+        if written[i]
+        else block.notes[origin[i]]
+        if origin[i] >= 0
+        else None
         for i in range(T)
+    ]
+
+
+def free_positions(request: Request[DecodeConfig]) -> list[int]:
+    """Positions of its live blocks of which tokens may change."""
+    return [
+        block.start + i for block in request.blocks for i, mark in enumerate(marks(request, block)) if mark != FIXED
     ]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -38,10 +39,12 @@ from sglang_llada.blocks import Ending, Phase, Plan, Request, Rules, Table, next
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.decide import fresh
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.admission import decode_params, stop_ids, why_refused
+from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, tokens_of
-from sglang_llada.host.streaming import LladaOutputStreamer
+from sglang_llada.host.grammar import conform
+from sglang_llada.host.shaping import shaping_of
+from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class LladaScheduler(Scheduler):
     def init_output_streamer(self) -> None:
         """The streamer reports forward counts, which the table knows."""
         super().init_output_streamer()
-        self.output_streamer.table = self.table
+        self.output_streamer.table, self.output_streamer.snapshots = self.table, {}
 
     def get_output_streamer_class(self) -> type[LladaOutputStreamer]:
         """The host's hook for a streamer of one's own."""
@@ -136,8 +139,28 @@ class LladaScheduler(Scheduler):
                     "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
                 continue
+            if not self._conform(decision):
+                continue
             decision.request.decide(decision.blocks)
+            if decision.request.params.stream_mode == "denoise":
+                self.output_streamer.keep_snapshot(decision.request)
             self.unbooked.append(decision)
+
+    def _conform(self, decision: Decision) -> bool:
+        """Cut the decisions of a request with a grammar to what that accepts; False if it ends for its own wishes."""
+        shaping, request = decision.request.params.shaping, decision.request
+        if shaping is None or (shaping.matcher is None and shaping.failure is None):
+            return True
+        reason = shaping.failure
+        if reason is None:
+            [block], [decided] = request.blocks, decision.blocks or []
+            accepted = conform(shaping.matcher, block, decided, self.facts.mask_id)
+            if accepted is not None:
+                decision.blocks = [accepted]
+                return True
+            reason = "the grammar allows no token of the vocabulary after the output so far"
+        self.reqs[request.rid].to_finish = FINISH_ABORT(reason, HTTPStatus.BAD_REQUEST)
+        return False
 
     def _launch(self) -> bool:
         """Stage: plan the next step and enqueue it."""
@@ -194,10 +217,13 @@ class LladaScheduler(Scheduler):
 
     def validate_dllm_request(self, req: Any) -> str | None:
         """The host's door: the sentence that refuses the request, or None."""
-        return why_refused(req, self.defaults)
+        return why_refused(req, self.defaults, self.model_config.vocab_size)
 
     def _admit_waiting(self) -> None:
         """Stage: let waiting requests in, in the order of the host's policy, as far as KV and request slots go."""
+        if self.grammar_manager.has_waiting_grammars():
+            for req in self.grammar_manager.get_ready_grammar_requests():
+                self._add_request_to_queue(req)
         if not self.waiting_queue:
             return
         self.policy.calc_priority(
@@ -246,7 +272,9 @@ class LladaScheduler(Scheduler):
             request = self._new_request(req)
             self.table.add(request)
         req.refresh_fill_ids()
-        match = match_kv_cache(req, self.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=request.live_from)
+        read_from = None if request.params.report is None else request.params.report.prompt_from
+        reach = request.live_from if read_from is None else read_from // request.block_size * request.block_size
+        match = match_kv_cache(req, self.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=reach)
         if match.cache_protected_len is None:
             req.kv.cache_protected_len = req.prefix_len
         adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
@@ -269,7 +297,9 @@ class LladaScheduler(Scheduler):
             set_time_batch(reqs, "set_forward_entry_time")
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
-        params = decode_params(req, self.defaults)
+        vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
+        params = decode_params(req, self.defaults, vocabulary)
+        params = replace(params, shaping=shaping_of(req, ends_of(req), vocabulary, never))
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -286,6 +316,7 @@ class LladaScheduler(Scheduler):
                 window=params.window,
                 live_blocks=params.live_blocks,
                 next_block_share=params.next_block_share,
+                reads_prompt=params.report is not None and params.report.prompt_from is not None,
             ),
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,
@@ -334,11 +365,14 @@ class LladaScheduler(Scheduler):
         for decision in decided:
             req = self.reqs[decision.request.rid]
             new = decision.request.output[len(req.output_ids) :]
+            if req.return_logprob:
+                book_logprobs(req, new, decision.request.notes[len(req.output_ids) :])
             req.output_ids.extend(new)
             news[req.rid] = len(new)
         for req in self.running_batch.reqs:
             self._share(req, self.table[req.rid])
-        changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid, 0))]
+            book_prompt_logprobs(req, self.table[req.rid])
+        changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid))]
         if changed:
             self._stream(changed)
         if decided:
@@ -355,9 +389,13 @@ class LladaScheduler(Scheduler):
             req.extend_end = final
             checkpoint_kv_cache(req, self.tree_cache)
 
-    def _update_finish(self, req: Any, new: int) -> bool:
-        """Let the host judge new tokens, stop strings among them; whether there is anything to send."""
-        request = self.table[req.rid]
+    def _update_finish(self, req: Any, committed: int | None) -> bool:
+        """Let the host judge new tokens, stop strings among them; whether there is anything to send.
+
+        Args:
+            committed: how many tokens there are since last time; None if no step was decided.
+        """
+        request, decided, new = self.table[req.rid], committed is not None, committed or 0
         if new or req.to_finish:
             req.update_finish_state(new)
         if request.ending is Ending.LENGTH and not req.finished():  # max_nfe, or no token was asked for
@@ -365,7 +403,7 @@ class LladaScheduler(Scheduler):
             req.update_finish_state(0)
         if request.phase is Phase.DONE and not req.finished():
             raise IntegrityError(f"{req.rid}: blocks ended by {request.ending}, the host sees no end")
-        return new > 0 or req.finished()
+        return new > 0 or req.finished() or (decided and request.params.stream_mode == "denoise")
 
     def _stream(self, changed: list[Any]) -> None:
         """Send new tokens and ends; let go of what ended."""
@@ -373,7 +411,7 @@ class LladaScheduler(Scheduler):
         for req in ended:
             self._release(req)
             req.time_stats.set_completion_time()
-        self.output_streamer.stream_output(changed, False)
+        self.output_streamer.stream_output(changed, any(req.return_logprob for req in changed))
         for req in ended:
             self.table.drop(req.rid)
         if ended:
@@ -408,7 +446,7 @@ class LladaScheduler(Scheduler):
         """Answer a request that ends in the queue: refused by the host, or aborted after a retraction."""
         self._release_aborted_request(req)
         req.update_finish_state(0)
-        self.output_streamer.stream_output([req], False)
+        self.output_streamer.stream_output([req], req.return_logprob)
 
     def _release_aborted_request(self, req: Any) -> None:
         """As the host, which calls this for every request it drops from its queue; the table may know it."""

@@ -15,6 +15,7 @@ STEPS = "dllm_steps"
 NFE = "dllm_nfe"
 STEP_MAPS = "step_maps"
 CONFIDENCES = "dllm_confidences"
+SNAPSHOTS = "dllm_snapshots"
 
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
@@ -23,14 +24,22 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
     than the blocks' sum where several were live at once, and the forwards that the request took part in at all.
 
     Requests that ask for a trace get `meta_info["step_maps"]`, the 1-based step of its block in which each returned
-    token was decided or last edited, and `meta_info["dllm_confidences"]`, its probability in that step.
+    token was decided or last edited, and `meta_info["dllm_confidences"]`, its probability in that step. Requests with
+    stream_mode "denoise" get `meta_info["dllm_snapshots"]`: for each step its number, how many tokens were committed
+    after it, and the tokens that stood behind those, null where open.
 
     The host's tokenizer process appends what each output brings, so a block is reported once, when it is decided or
     the request ends.
     """
 
     has_additional_customized_info: ClassVar[bool] = True
-    table: Table  # set by the scheduler right after construction
+    table: Table  # set by the scheduler right after construction, as are the snapshots that are not sent yet
+    snapshots: dict[str, list[dict[str, Any]]]
+
+    def keep_snapshot(self, request: Request[DecodeConfig]) -> None:
+        """Note what stands after a step."""
+        now = {"step": request.steps, "committed": len(request.output), "token_ids": request.standing()}
+        self.snapshots.setdefault(request.rid, []).append(now)
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """What there is to say of each request since its last output; nothing of those that were never admitted."""
@@ -40,8 +49,11 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
             STEP_MAPS: [[note.step for note in each] for each in notes],
             CONFIDENCES: [[note.prob for note in each] for each in notes],
         }
-        asked = any(r is not None and r.params.trace for r, _ in known)
-        return (traces if asked else {}) | {
+        if not any(r is not None and r.params.trace for r, _ in known):
+            traces = {}
+        if self.snapshots:
+            traces[SNAPSHOTS] = [self.snapshots.pop(req.rid, []) for req in reqs]
+        return traces | {
             FORWARD_COUNTS: [[] if r is None else r.report_steps(ended=ended) for r, ended in known],
             STEPS: [[] if r is None or not ended else [r.steps] for r, ended in known],
             NFE: [[] if r is None or not ended else [r.forwards] for r, ended in known],
@@ -53,3 +65,39 @@ def traced(req: Any, request: Request[DecodeConfig] | None) -> list[Note]:
     if request is None or not request.params.trace:
         return []
     return request.report_notes(len(req.output_ids_through_stop))
+
+
+def book_logprobs(req: Any, tokens: list[int], notes: list[Note]) -> None:
+    """Append to a host request the log-probabilities of its new tokens, in the host's shape."""
+    out = req.logprob
+    rows = [note.report or [] for note in notes]
+    out.output_token_logprobs_val += [row[0] for row in rows]
+    out.output_token_logprobs_idx += tokens
+    if out.top_logprobs_num > 0:
+        values, ids = tops(rows, out.top_logprobs_num)
+        out.output_top_logprobs_val += values
+        out.output_top_logprobs_idx += ids
+    if out.token_ids_logprob is not None:
+        out.output_token_ids_logprobs_val += [row[1 + 2 * out.top_logprobs_num :] for row in rows]
+        out.output_token_ids_logprobs_idx += [list(out.token_ids_logprob) for _ in rows]
+
+
+def book_prompt_logprobs(req: Any, request: Request[DecodeConfig]) -> None:
+    """The same of its prompt, once and as soon as all are there."""
+    out, wanted = req.logprob, request.params.report
+    if wanted is None or wanted.prompt_from is None or out.input_token_logprobs_val is not None:
+        return
+    positions = range(wanted.prompt_from, len(request.prompt))
+    if len(request.prompt_notes) < len(positions):
+        return
+    rows = [request.prompt_notes[at] for at in positions]
+    out.input_token_logprobs_val = [row[0] for row in rows]
+    out.input_token_logprobs_idx = [request.prompt[at] for at in positions]
+    out.input_top_logprobs_val, out.input_top_logprobs_idx = tops(rows, wanted.top)
+    out.input_token_ids_logprobs_val = [row[1 + 2 * wanted.top :] for row in rows]
+    out.input_token_ids_logprobs_idx = [list(wanted.ids) for _ in rows]
+
+
+def tops(rows: list[list[float]], top: int) -> tuple[list[list[float]], list[list[int]]]:
+    """Of reported rows the largest log-probabilities, and their ids."""
+    return [row[1 : 1 + top] for row in rows], [[int(each) for each in row[1 + top : 1 + 2 * top]] for row in rows]

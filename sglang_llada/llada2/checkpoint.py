@@ -35,6 +35,11 @@ class CheckpointFacts:
         """Whether the checkpoint inserts and deletes."""
         return self.delete_id is not None
 
+    @property
+    def own_tokens(self) -> frozenset[int]:
+        """Tokens that are no text: the mask, DELETE and SPLIT."""
+        return frozenset(token for token in (self.mask_id, self.delete_id, self.split_id) if token is not None)
+
 
 def read_facts(path: str | Path) -> CheckpointFacts:
     """The facts of a checkpoint folder.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sglang_llada.config import ALGORITHMS, DecodeConfig, Sampling
+from sglang_llada.config import ALGORITHMS, SHOWN, DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate, quota
 
@@ -47,7 +47,7 @@ def generate_as(
     params: DecodeConfig, model: Llada2ForDiffusion, prompt_ids: list[int], max_new_tokens: int, facts: CheckpointFacts
 ) -> Generation:
     """The reference of whatever the parameters ask for."""
-    values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm] if p.name != "trace"}
+    values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm] if p.name not in SHOWN}
     names = {"window", "live_blocks", "next_block_share"} & values.keys()
     window: dict[str, Any] = {name: values.pop(name) for name in names}
     if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None:

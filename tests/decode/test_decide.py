@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, fresh, idle, number, pack, record, unpack
+from sglang_llada.decode.decide import CODES, EDITABLE, FIXED, OPEN, decide, fresh, idle, number, pack, record, unpack
 from sglang_llada.decode.select import Head, best, select
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
@@ -25,12 +25,19 @@ def step(
     return decide(hidden, ids, torch.tensor(rows), count, head=head, block_size=T, tokens=tokens)
 
 
+def params_of(name: str, tokens: Tokens) -> DecodeConfig:
+    """The recommended parameters of an algorithm."""
+    if name == RUN:
+        return DecodeConfig.defaults(T).from_left_to_right
+    return DecodeConfig.defaults(T, name, indel=tokens.indel)
+
+
 def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int]]:
     """Records of rows that decide and rows that do not."""
     rows = []
     names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
     for _ in range(count):
-        params = DecodeConfig.defaults(T, rng.choice(names), indel=tokens.indel)
+        params = params_of(rng.choice(names), tokens)
         params = replace(params, threshold=rng.choice([0.05, 0.3, 0.95]), steps=rng.randint(1, T))
         marks = [rng.choice([FIXED, OPEN, EDITABLE if params.edits else FIXED]) for _ in range(T)]
         made = rng.randint(0, T - 1)
@@ -80,7 +87,8 @@ def test_decisions_are_those_of_the_step_on_full_scores(seed: int, tokens: Token
     scores = Scores(
         found.token.view(-1, T), found.prob.view(-1, T), several.token.view(-1, T, 5), several.prob.view(-1, T, 5)
     )
-    wants = [each.step(block, scores, state, params) for each in ALGORITHMS.values() if tokens.indel or not each.indel]
+    steps = {CODES[name]: each.step for name, each in ALGORITHMS.items() if tokens.indel or not each.indel}
+    wants = {code: step(block, scores, state, params) for code, step in steps.items()}
     for count in (int((block.open | block.editable).sum()), 7 * T):
         got = step(rows, hidden, ids, head, count, tokens)
         for r, code in enumerate(algorithm.tolist()):
@@ -117,7 +125,7 @@ def test_hidden_states_of_other_rows_do_not_matter(tokens: Tokens) -> None:
 def test_a_row_whose_logits_are_not_finite_says_so(bad: float, tokens: Tokens) -> None:
     torch.manual_seed(2)
     names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
-    rows = [record([OPEN] * T, fresh(T, tokens), DecodeConfig.defaults(T, n, indel=tokens.indel)) for n in names]
+    rows = [record([OPEN] * T, fresh(T, tokens), params_of(name, tokens)) for name in names]
     hidden = torch.rand(len(rows) * T, WIDTH)
     hidden[T + 2] = bad
     head = Head(torch.rand(V, WIDTH))

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from sglang_llada.config import Sampling
 from sglang_llada.decode.sampling import Draws, draw, uniform
 from sglang_llada.decode.select import Head
+from sglang_llada.decode.whole import Group, choose, order
 from sglang_llada.llada2 import editing
 
 V, MASK, SAMPLES = 40, 7, 20_000
@@ -35,7 +36,6 @@ def draws(ways: list[Sampling], noise: torch.Tensor) -> Draws:
     cut = [way.top_k < V or way.top_p < 1 or way.min_p > 0 for way in ways]
     assert cut == sorted(cut)
     return Draws(
-        at=torch.arange(len(ways)),
         temperature=torch.tensor([way.temperature for way in ways]),
         top_k=torch.tensor([way.top_k for way in ways]),
         top_p=torch.tensor([way.top_p for way in ways]),
@@ -43,11 +43,6 @@ def draws(ways: list[Sampling], noise: torch.Tensor) -> Draws:
         noise=noise,
         whole=len(ways) - sum(cut),
     )
-
-
-def one_position(logits: torch.Tensor) -> tuple[torch.Tensor, Head]:
-    """Hidden states [SAMPLES, V] and a head that give these logits everywhere."""
-    return logits.expand(SAMPLES, V), Head(torch.eye(V))
 
 
 def share(logits: torch.Tensor, way: Sampling) -> torch.Tensor:
@@ -66,7 +61,8 @@ def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
     torch.manual_seed(1)
     logits, way = torch.randn(V) * 2, sampling(**WAYS[name])
     seeds = torch.arange(SAMPLES)
-    token, prob = draw(*one_position(logits), MASK, draws([way] * SAMPLES, uniform(seeds, seeds * 0 + 3, seeds * 0)))
+    noise = uniform(seeds, seeds * 0 + 3, seeds * 0)
+    token, prob = draw(logits.repeat(SAMPLES, 1), MASK, draws([way] * SAMPLES, noise))
     want = share(logits, way)
     assert torch.allclose(prob, want[token], atol=1e-6)
     counts = token.bincount(minlength=V)
@@ -104,10 +100,10 @@ def test_draws_are_the_references_and_do_not_depend_on_their_neighbours() -> Non
     rng = random.Random(0)
     torch.manual_seed(0)
     ways = [sampling(seed=i, **WAYS[rng.choice(list(WAYS))]) for i in range(600)]
-    ways.sort(key=lambda way: way.top_k < V or way.top_p < 1 or way.min_p > 0)
     logits = torch.randn(len(ways), V) * 2
     noise = torch.tensor([editing.uniform(way.seed, i, 1) for i, way in enumerate(ways)], dtype=torch.float64)
-    token, prob = draw(logits, Head(torch.eye(V)), MASK, draws(ways, noise))
+    groups = [Group([i], V, sampling=way, noise=noise[i : i + 1]) for i, way in enumerate(ways)]
+    token, prob = chosen(logits, groups)
     near = 0
     for i, way in enumerate(ways):
         (want, chance), margin = editing.drawn(logits[i], MASK, way, noise[i].item())
@@ -115,6 +111,14 @@ def test_draws_are_the_references_and_do_not_depend_on_their_neighbours() -> Non
         if margin >= 1e-5:
             assert (int(token[i]), pytest.approx(float(prob[i]), abs=1e-5)) == (want, chance)
     assert near < 10
-    for i in rng.sample(range(len(ways)), 100):
-        alone = draw(logits[i : i + 1], Head(torch.eye(V)), MASK, draws([ways[i]], noise[i : i + 1]))
-        assert (alone[0], alone[1]) == (token[i], prob[i])
+    for group in rng.sample(groups, 100):
+        [i] = group.at
+        alone = chosen(logits, [group])
+        assert (alone[0][i], alone[1][i]) == (token[i], prob[i])
+
+
+def chosen(logits: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token of each position and its probability, from hidden states and a head that give these logits."""
+    at, found = choose(logits, sorted(groups, key=order), Head(torch.eye(V)), MASK, MASK, 1, None)
+    place = torch.full((len(logits),), -1).index_copy(0, at, torch.arange(len(at)))
+    return found.token[place, 0], found.prob[place, 0]

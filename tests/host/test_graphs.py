@@ -195,7 +195,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         hidden = torch.randn(batch.input_ids.shape[0], WIDTH)
         return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
 
-    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, draws: None) -> StepOut:
+    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, groups: list[Any]) -> StepOut:
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
     decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]

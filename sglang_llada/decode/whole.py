@@ -1,0 +1,190 @@
+"""Whole logits, for the positions of requests that ask for more than the best tokens.
+
+Most positions never have logits. Those of requests that sample, change their logits (penalties, bias, grammars, custom
+processors) or want log-probabilities do: all ids of CHUNK positions at once. A position's logits are first changed as
+its request says, and then its token is the best one, with the mask counting in its probability, or is drawn
+(sampling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_llada.config import Report, Sampling
+from sglang_llada.decode.sampling import Draws, draw
+from sglang_llada.decode.select import Best, Exchange, Head, best
+
+CHUNK = 256  # positions whose logits exist at once
+
+Shape = Callable[[Tensor], Tensor]  # changes a request's logits, fp32 [p, V]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Positions of a request of which tokens may change.
+
+    Attributes:
+        at: where they stand among the R * T of the forward.
+        vocabulary: V.
+        noise: a number in [0, 1) for each, if the request samples.
+        shape: what it does to their logits.
+        report: the log-probabilities that it wants.
+    """
+
+    at: list[int]
+    vocabulary: int
+    sampling: Sampling | None = None
+    noise: Tensor | None = None
+    shape: Shape | None = None
+    report: Report | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its tokens come from here; a greedy request that only wants log-probabilities leaves it to select."""
+        return self.sampling is not None or self.shape is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it draws from all tokens."""
+        how = self.sampling
+        return how is not None and how.top_p == 1 and how.min_p == 0 and how.top_k >= self.vocabulary
+
+
+def order(group: Group) -> tuple[bool, bool]:
+    """Sorts groups as a step needs them: those that draw from all tokens, then others that draw, then the rest."""
+    return group.sampling is None, not group.whole
+
+
+def choose(
+    hidden: Tensor, groups: list[Group], head: Head, mask_id: int, never: int, count: int, exchange: Exchange | None
+) -> tuple[Tensor, Best]:
+    """The flat positions [P] of groups that choose, of which there is at least one, and the best tokens there.
+
+    Args:
+        hidden: of all positions of the forward, [R * T, H].
+        groups: sorted by order().
+        mask_id: the mask, which is never drawn.
+        never: what is no candidate either, as for select.
+        count: k; a drawn token goes before the best ones.
+    """
+    where, tokens, probs = [], [], []
+    for part in parts([group for group in groups if group.chooses]):
+        at, logits = shaped_logits(hidden, part, head, exchange)
+        found = best(logits, never, count)
+        token, prob = found.token, found.prob
+        draws = draws_of(part, hidden.device)
+        if draws is not None:
+            n = len(draws.noise)
+            one, chance = draw(logits[:n], mask_id, draws)
+            one = one.where(token[:n, 0] >= 0, -1)  # logits that are not finite
+            token = torch.cat((torch.cat((one[:, None], token[:n, :-1]), dim=-1), token[n:]))
+            prob = torch.cat((torch.cat((chance[:, None], prob[:n, :-1]), dim=-1), prob[n:]))
+        where.append(at)
+        tokens.append(token)
+        probs.append(prob)
+    return torch.cat(where), Best(torch.cat(tokens), torch.cat(probs))
+
+
+def report(
+    hidden: Tensor,
+    groups: list[Group],
+    ids: Tensor,
+    origin: Tensor,
+    head: Head,
+    mask_id: int,
+    exchange: Exchange | None,
+) -> Tensor:
+    """Log-probabilities after a step, fp64, of all groups that want some, one after the other, flat.
+
+    ids, origin: int64 [R, T], as in StepOut. Of each position: that of the token which the step put there, or moved
+    away from there; the `top` largest, but not
+    the mask's, and their ids; those of `ids`. They are of the distribution that the token came from before it was cut,
+    or where the group's report says so of the logits as the network gives them.
+    """
+    T = ids.shape[1]
+    places = torch.where(origin < 0, T, origin)
+    ids = torch.zeros_like(ids[:, :1]).repeat(1, T + 1).scatter(-1, places, ids)[:, :T].flatten()
+    columns_of = []
+    for part in parts([group for group in groups if group.report is not None]):
+        at, logits = shaped_logits(hidden, part, head, exchange, original=True)
+        rows = 0
+        for group in part:
+            assert group.report is not None
+            mine, here = logits[rows : rows + len(group.at)], at[rows : rows + len(group.at)]
+            rows += len(group.at)
+            if group.sampling is not None and not group.report.original:
+                mine[:, mask_id] = float("-inf")
+                mine = mine / group.sampling.temperature
+            logprobs = mine.log_softmax(-1)
+            chosen = logprobs.gather(-1, ids[here][:, None])
+            wanted = torch.tensor(group.report.ids, dtype=torch.int64, device=at.device)
+            asked = logprobs[:, wanted]
+            logprobs[:, mask_id] = float("-inf")
+            largest = logprobs.topk(group.report.top, dim=-1)
+            columns = (chosen, largest.values, largest.indices, asked)
+            columns_of.append(torch.cat([column.double() for column in columns], dim=-1).flatten())
+    return torch.cat(columns_of)
+
+
+def shaped_logits(
+    hidden: Tensor, part: list[Group], head: Head, exchange: Exchange | None, *, original: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Flat positions [P] of these groups, and their logits, fp32 [P, V], as the groups change them.
+
+    With `original`, not those of groups whose report is of the network's own.
+    """
+    at = torch.tensor([i for group in part for i in group.at], device=hidden.device)
+    logits, first = whole_logits(hidden[at], head, exchange), 0
+    for group in part:
+        rows = slice(first, first + len(group.at))
+        first += len(group.at)
+        kept = original and group.report is not None and group.report.original
+        if group.shape is not None and not kept:
+            logits[rows] = group.shape(logits[rows])
+    return at, logits
+
+
+def whole_logits(hidden: Tensor, head: Head, exchange: Exchange | None) -> Tensor:
+    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded."""
+    logits = F.linear(hidden.float(), head.weight.float())
+    if exchange is None:
+        return logits
+    padded = F.pad(logits, (0, head.slots - logits.shape[-1]), value=float("nan"))
+    return torch.cat(list(exchange(padded)), dim=-1)[:, : head.vocabulary]
+
+
+def parts(groups: list[Group]) -> Iterator[list[Group]]:
+    """The groups in order, cut where CHUNK positions are passed."""
+    part: list[Group] = []
+    for group in groups:
+        if part and sum(len(each.at) for each in part) + len(group.at) > CHUNK:
+            yield part
+            part = []
+        part.append(group)
+    if part:
+        yield part
+
+
+def draws_of(part: list[Group], device: torch.device) -> Draws | None:
+    """How the groups draw that do, which stand first."""
+    found = [(group, group.sampling, group.noise) for group in part if group.sampling is not None]
+    if not found:
+        return None
+    counts = torch.tensor([len(group.at) for group, *_ in found])
+    numbers = torch.tensor([(how.temperature, how.top_p, how.min_p) for _, how, _ in found])
+    numbers = numbers.repeat_interleave(counts, 0).to(device)
+    top_k = torch.tensor([how.top_k for _, how, _ in found]).repeat_interleave(counts)
+    noise = torch.cat([noise for *_, noise in found if noise is not None])
+    return Draws(
+        temperature=numbers[:, 0],
+        top_k=top_k.to(device),
+        top_p=numbers[:, 1],
+        min_p=numbers[:, 2],
+        noise=noise.to(device),
+        whole=sum(len(group.at) for group, *_ in found if group.whole),
+    )

@@ -1,0 +1,111 @@
+"""What a request does to its logits beside sampling: penalties, a grammar, bias, bans, a custom logit processor.
+
+In the host's order. Everything is a function of the tokens before the step, those of the live blocks included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_llada.blocks import Request
+from sglang_llada.decode import shaping
+from sglang_llada.decode.whole import Shape
+from sglang_llada.host.admission import processor_of
+from sglang_llada.host.grammar import Matcher
+
+NO_PENALTIES = (1.0, 0.0, 0.0)
+
+
+@dataclass(slots=True)
+class Shaping:
+    """A request's wishes.
+
+    Attributes:
+        penalties: for repetition, frequency and presence.
+        bias: what is added to the logits of token ids.
+        min_new_tokens: how many tokens come before any of `ends`.
+        processor: as the host calls it: logits [p, V], and the same `params` p times.
+        matcher: the grammar that its output conforms to.
+        failure: what its own code did wrong.
+    """
+
+    penalties: tuple[float, float, float]
+    bias: dict[int, float]
+    min_new_tokens: int
+    ends: list[int]
+    processor: Callable[[Tensor, list[dict[str, Any]]], Tensor] | None
+    params: dict[str, Any]
+    matcher: Matcher | None
+    failure: str | None = None
+
+    def of(self, request: Request[Any], positions: list[int]) -> Shape:
+        """What changes the logits of these positions, in order, in the next step."""
+
+        def shape(logits: Tensor) -> Tensor:
+            device = logits.device
+            if self.penalties != NO_PENALTIES:
+                counts = self._counts(request, positions, logits)
+                logits = shaping.penalise(logits, counts, *self.penalties)
+            early = [i - len(request.prompt) < self.min_new_tokens for i in positions]
+            if any(early) and self.ends:
+                rows = torch.tensor(early, device=device)
+                logits = shaping.ban(logits, rows, torch.tensor(self.ends, device=device))
+            if self.matcher is not None:
+                logits = self.matcher.shape(logits)
+            if self.bias:
+                values = torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=device)
+                logits = shaping.add(logits, torch.tensor(list(self.bias), device=device), values)
+            return logits if self.processor is None else self._processed(logits)
+
+        return shape
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """What the request's own code makes of its logits; as they were if it fails."""
+        assert self.processor is not None
+        try:
+            result = self.processor(logits.clone(), [self.params] * len(logits)).to(logits.dtype)
+            if result.shape != logits.shape:
+                raise ValueError(f"gave logits of shape {list(result.shape)} for {list(logits.shape)}")
+        except Exception as error:  # a user's code may raise anything, and only that user's request ends for it
+            self.failure = f"custom_logit_processor failed: {error!r}"
+            return logits
+        return result
+
+    def _counts(self, request: Request[Any], positions: list[int], logits: Tensor) -> Tensor:
+        """How often each token stands in the output and, decided, in the live blocks; not at the position itself."""
+        live = [
+            (block.start + i, block.tokens[i])
+            for block in request.blocks
+            for i in range(max(request.known - block.start, 0), request.block_size)
+            if not block.open[i]
+        ]
+        standing = dict(live)
+        used = torch.tensor([*request.output, *standing.values()], dtype=torch.int64, device=logits.device)
+        own = torch.tensor([standing.get(i, -1) for i in positions], device=logits.device)
+        return shaping.counted(used, own, logits.shape[-1])
+
+
+def shaping_of(req: Any, ends: frozenset[int], vocabulary: int, never: frozenset[int]) -> Shaping | None:
+    """The wishes of a host request; None if it has none.
+
+    Args:
+        ends: token ids that end it, also where it ignores them.
+        never: the model's own tokens, which no structured output has.
+    """
+    p = req.sampling_params
+    found = Shaping(
+        penalties=(p.repetition_penalty, p.frequency_penalty, p.presence_penalty),
+        bias={int(token): value for token, value in (p.logit_bias or {}).items()},
+        min_new_tokens=p.min_new_tokens,
+        ends=sorted(token for token in ends if token < vocabulary),
+        processor=processor_of(req),
+        params={**(p.custom_params or {}), "__req__": req},
+        matcher=None if req.grammar is None else Matcher(req.grammar, vocabulary, never),
+    )
+    asked = (found.penalties != NO_PENALTIES, found.bias, found.min_new_tokens, found.processor, found.matcher)
+    return found if any(asked) else None
