@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -43,16 +44,45 @@ class LiveBlock(Protocol):
         """One step after the last."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request does to the logits of its positions: penalties, ids that are banned early on, and bias."""
+
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    min_new_tokens: int = 0
+    ends: frozenset[int] = frozenset()
+    bias: dict[int, float] = field(default_factory=dict)
+
+    def changed(self, logits: list[float], index: int, others: list[int]) -> list[float]:
+        """Logits of the answer's position `index`, when `others` are all other tokens that are decided."""
+        out = []
+        for token, logit in enumerate(logits):
+            if times := others.count(token):
+                logit -= self.frequency * times + self.presence
+                logit = logit / self.repetition if logit > 0 else logit * self.repetition
+            if index < self.min_new_tokens and token in self.ends:
+                logit = -math.inf
+            out.append(logit + self.bias.get(token, 0.0))
+        return out
+
+
 def generate_as(
-    params: DecodeConfig, model: Llada2ForDiffusion, prompt_ids: list[int], max_new_tokens: int, facts: CheckpointFacts
+    params: DecodeConfig,
+    model: Llada2ForDiffusion,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    facts: CheckpointFacts,
+    wishes: Wishes | None = None,
 ) -> Generation:
     """The reference of whatever the parameters ask for."""
     values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm] if p.name not in SHOWN}
     names = {"window", "live_blocks", "next_block_share"} & values.keys()
     window: dict[str, Any] = {name: values.pop(name) for name in names}
-    if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None:
+    if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None and wishes is None:
         return generate(model, prompt_ids, max_new_tokens, mask_id=facts.mask_id, stop_ids=facts.stop_ids, **values)
-    window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids}
+    window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids, "wishes": wishes}
     if params.sampling is not None:
         window |= {"sampling": params.sampling, "mask_id": facts.mask_id}
     window["whole_blocks"] = params.edits or not values.pop("early_exit")
@@ -84,9 +114,11 @@ def generate_blocks(
     max_nfe: int = 0,
     sampling: Sampling | None = None,
     mask_id: int = -1,
+    wishes: Wishes | None = None,
 ) -> Generation:
     """Decode with a window of live blocks, all of which see one another's tokens as they stand.
 
+    With `wishes` logits change first, where a token may change.
     With `sampling` the first candidate is drawn wherever a token may change, and the best ones follow it.
 
     Each step is one for every live block that is not done, and edits for those that are. Then, in this order:
@@ -107,6 +139,15 @@ def generate_blocks(
     while max_new_tokens:
         logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
         out.forwards += 1
+        if wishes is not None:
+            stands = [None if hole else t for block in live for t, hole in zip(block.ids, block.open, strict=True)]
+            first = max(len(prompt_ids) - len(gone), 0)
+            known = [*gone[len(prompt_ids) :], *stands[first:]]
+            for at in range(first, len(stands)):
+                if stands[at] is None or live[at // size].edited:
+                    index = len(gone) + at - len(prompt_ids)
+                    others = [token for i, token in enumerate(known) if token is not None and i != index]
+                    logits[at] = torch.tensor(wishes.changed(logits[at].tolist(), index, others))
         best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :CANDIDATES]  # of equals the lowest id
         chances = logits.softmax(-1).gather(1, best)
         scores = [list(zip(*each, strict=True)) for each in zip(best.tolist(), chances.tolist(), strict=True)]
