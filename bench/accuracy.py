@@ -21,7 +21,8 @@ from bench.records import ROOT, new_record
 from examples.tiny_llada2.evaluate import by_reference, evaluate, total
 from examples.tiny_llada2.tasks import HARD_TASKS, TASKS, examples
 
-THRESHOLDS = (0.95, 0.85, 0.7, 0.5, 0.3)
+THRESHOLDS = (0.999, 0.95, 0.85, 0.7, 0.5)
+LINES = {"threshold", "MBE without steps of its own"}  # series along thresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,14 @@ MODES = [
     for mode in ("quality", "speed")
 ]
 EDITING = [
-    Way(f"editing {at} / {edit_at}", "editing", joint(1, threshold=at, edit_threshold=edit_at))
-    for at, edit_at in ((0.9, 0.5), (0.3, 0.0), (0.0, 0.0))
+    Way(
+        "edits at 0.3 / 0, one more step", "editing", joint(1, threshold=0.3, edit_threshold=0.0, max_post_edit_steps=1)
+    ),
+    # Blocks that are done are edited while the next one is decided, which takes no step of its own.
+    *(
+        Way(f"edits on the way at {at}", "MBE without steps of its own", joint(2, threshold=at, max_post_edit_steps=0))
+        for at in THRESHOLDS[1:]
+    ),
 ]
 INDEL = [
     Way("levenshtein", "inserting and deleting", {"algorithm": "levenshtein"}),
@@ -132,7 +139,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot(
                 [row["tokens_per_forward" + hard] for row in points],
                 [100 * row["exact" + hard] for row in points],
-                "o-" if series == "threshold" else "s",
+                "o-" if series in LINES else "s",
                 label=series,
             )
         axis.set(
