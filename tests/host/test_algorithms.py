@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.reference import Llada2ForDiffusion
 from sglang_llada.llada2.weights import load_reference
 from tests.host.conftest import NEW_TOKENS, compare, held_out_prompts
-from tests.host.serving import Server, serving
-from tests.host.ways import CHECKPOINT, RASH, WAYS, Asked, answer, ask, ask_sampled, babble
+from tests.host.serving import Server, events, serving
+from tests.host.ways import CHECKPOINT, RASH, SHAPED, WAYS, Asked, answer, ask, ask_sampled, ask_shaped, babble
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -158,6 +159,69 @@ def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Se
             whole = client.completions.create(**ask, temperature=0).choices[0].text
             pieces = [event.choices[0].text for event in client.completions.create(**ask, temperature=0, stream=True)]
             assert "".join(pieces) == whole, way
+
+
+def test_penalties_bias_and_early_ends_are_the_references(
+    server: Server, prompts: list[list[int]], reference: Llada2ForDiffusion, facts: CheckpointFacts
+) -> None:
+    """In every kind of decode, 16 at once."""
+    asked = [each for way in SHAPED for each in ask_shaped(reference, facts, way, [*prompts[10:18], *babble(4)])]
+    random.Random(0).shuffle(asked)
+    server.flush()
+    answers = send_all(server.stream, asked, 16)
+    for way in SHAPED:
+        mine = [i for i, each in enumerate(asked) if each.way == way]
+        compare([asked[i].case for i in mine], [answers[i] for i in mine], way, most_close=0.7)
+        changed = 0
+        for i in mine:
+            plain = {"custom_params": asked[i].options["custom_params"]}
+            changed += (
+                answers[i]["output_ids"]
+                != answer(reference, facts, asked[i].case.prompt, NEW_TOKENS, **plain).want.token_ids
+            )
+        assert changed, f"{way} changed no answer, so nothing was shown"
+
+
+def test_log_probabilities_are_the_references(
+    server: Server, prompts: list[list[int]], reference: Llada2ForDiffusion, facts: CheckpointFacts
+) -> None:
+    """Of each token in the step that decided it; the largest ones and those of named ids come from the same step."""
+    worst, count, exact = 0.0, 0, 0
+    for way in PLAIN:
+        for each in ask(reference, facts, way, prompts[:25]):
+            if each.case.close_call:
+                continue
+            want = each.case.want
+            body = {
+                "input_ids": each.case.prompt,
+                "return_logprob": True,
+                "top_logprobs_num": 3,
+                "token_ids_logprob": [22, 23],
+                "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, **each.options},
+            }
+            answers = [server.post("/generate", body).json()]
+            answers.append(events(server.post("/generate", {**body, "stream": True}, stream=True))[-1])
+            for got in answers:
+                meta = got["meta_info"]
+                assert [token for _, token, _ in meta["output_token_logprobs"]] == want.token_ids
+                for (value, token, _), top, named, (_, prob) in zip(
+                    meta["output_token_logprobs"],
+                    meta["output_top_logprobs"],
+                    meta["output_token_ids_logprobs"],
+                    want.notes,
+                    strict=True,
+                ):
+                    worst, count = max(worst, abs(value - math.log(prob))), count + 1
+                    values = [v for v, *_ in top]
+                    assert len(top) == 3 and values == sorted(values, reverse=True) and value <= values[0] + 1e-6
+                    assert facts.mask_id not in [t for _, t, _ in top]
+                    exact += top[0][1] == token
+                    for v, t, _ in top:
+                        assert t != token or v == pytest.approx(value, abs=1e-6)
+                    assert [t for _, t, _ in named] == [22, 23]
+                    assert all(v == value for v, t, _ in named if t == token)
+    print(f"{count} log-probabilities, at most {worst:.1e} from the reference; {exact} of the most probable token")
+    assert worst < 1e-4 and exact > 0.9 * count
 
 
 @pytest.mark.parametrize(

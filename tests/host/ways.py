@@ -11,7 +11,7 @@ import torch
 
 from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
-from sglang_llada.llada2.editing import generate_as
+from sglang_llada.llada2.editing import Wishes, generate_as
 from sglang_llada.llada2.reference import Llada2ForDiffusion
 from tests.host.conftest import NEW_TOKENS, Case
 
@@ -42,6 +42,24 @@ SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sampling parame
     "edits": (WARM, {**RASH, "max_post_edit_steps": 3}),
     "levenshtein": (WARM, {"threshold": 0.0, "max_post_edit_steps": 3}),
     "live blocks": (WARM, {**WAYS["rash mbe"], "live_blocks": 2, "max_post_edit_steps": 3}),
+}
+# Sampling parameters that change logits, as the host and as the reference call them, and custom_params.
+SHAPED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "repetition": ({"repetition_penalty": 1.9}, {"repetition": 1.9}, {"algorithm": "threshold"}),
+    "frequency": ({"frequency_penalty": 1.5}, {"frequency": 1.5}, {"threshold": 0.9}),
+    "presence": ({"presence_penalty": 2.0}, {"presence": 2.0}, {"algorithm": "mbe", "threshold": 0.9}),
+    "bias": ({"logit_bias": {"22": 4, "70": -9.5}}, {"bias": {22: 4.0, 70: -9.5}}, {}),
+    "no end": ({"min_new_tokens": 35}, {"min_new_tokens": 35}, {"algorithm": "threshold"}),
+    "all": (
+        {"repetition_penalty": 0.8, "frequency_penalty": 0.6, "presence_penalty": -0.5, "min_new_tokens": 9},
+        {"repetition": 0.8, "frequency": 0.6, "presence": -0.5, "min_new_tokens": 9},
+        {**RASH, "max_post_edit_steps": 3},
+    ),
+    "sampled": (
+        {**WARM, "presence_penalty": 1.0, "sampling_seed": 5},
+        {"presence": 1.0},
+        {"algorithm": "threshold", "threshold": 0.4},
+    ),
 }
 
 
@@ -82,6 +100,19 @@ def ask_sampled(model: Llada2ForDiffusion, facts: CheckpointFacts, prompts: list
     return out
 
 
+def ask_shaped(model: Llada2ForDiffusion, facts: CheckpointFacts, way: str, prompts: list[list[int]]) -> list[Asked]:
+    """Requests of one of SHAPED."""
+    options, values, custom_params = SHAPED[way]
+    wishes, sampling = Wishes(**values, ends=facts.stop_ids), None
+    if "temperature" in options:
+        sampling = Sampling(options["temperature"], 1 << 30, 1.0, 0.0, options["sampling_seed"])
+    out = []
+    for prompt in prompts:
+        case = answer(model, facts, prompt, NEW_TOKENS, custom_params=custom_params, sampling=sampling, wishes=wishes)
+        out.append(Asked(way, {"custom_params": custom_params, **options}, NEW_TOKENS, case))
+    return out
+
+
 def answer(
     model: Llada2ForDiffusion,
     facts: CheckpointFacts,
@@ -91,12 +122,13 @@ def answer(
     custom_params: dict[str, Any],
     ignore_eos: bool = False,
     sampling: Sampling | None = None,
+    wishes: Wishes | None = None,
 ) -> Case:
     """What the reference answers."""
     torch.set_num_threads(1)
     params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(custom_params)
     facts = replace(facts, stop_ids=frozenset()) if ignore_eos else facts
-    return Case(prompt, generate_as(replace(params, sampling=sampling), model, prompt, new_tokens, facts))
+    return Case(prompt, generate_as(replace(params, sampling=sampling), model, prompt, new_tokens, facts, wishes))
 
 
 def babble(count: int, seed: int = 0) -> list[list[int]]:
