@@ -112,7 +112,8 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> 
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The plain host command on the trained checkpoint."""
     log = tmp_path_factory.mktemp("server") / "log"
-    flags = ("--enable-cache-report", "--enable-custom-logit-processor", "--enable-metrics")
+    flags = ["--enable-cache-report", "--enable-custom-logit-processor", "--enable-metrics"]
+    flags.append("--constrained-json-disable-any-whitespace")  # with which so small a model likes to fill answers
     with serving(TINY, log, *flags) as running:
         yield running
 

@@ -43,6 +43,11 @@ SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sampling parame
     "levenshtein": (WARM, {"threshold": 0.0, "max_post_edit_steps": 3}),
     "live blocks": (WARM, {**WAYS["rash mbe"], "live_blocks": 2, "max_post_edit_steps": 3}),
 }
+# Edits whatever it has just drawn, for as long as it may.
+RESTLESS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "restless": (WARM, RASH),
+    "restless levenshtein": (WARM, WAYS["rash levenshtein"]),
+}
 # Sampling parameters that change logits, as the host and as the reference call them, and custom_params.
 SHAPED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "repetition": ({"repetition_penalty": 1.9}, {"repetition": 1.9}, {"algorithm": "threshold"}),
@@ -87,12 +92,17 @@ def ask(
     return [Asked(way, options, new_tokens, answer(model, facts, prompt, new_tokens, **options)) for prompt in prompts]
 
 
-def ask_sampled(model: Llada2ForDiffusion, facts: CheckpointFacts, prompts: list[list[int]]) -> list[Asked]:
-    """A request for each prompt, in the ways of SAMPLED in turn, with a seed of its own."""
+def ask_sampled(
+    model: Llada2ForDiffusion,
+    facts: CheckpointFacts,
+    prompts: list[list[int]],
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = SAMPLED,
+) -> list[Asked]:
+    """A request for each prompt, in these ways in turn, with a seed of its own."""
     out = []
     for seed, prompt in enumerate(prompts):
-        way = list(SAMPLED)[seed % len(SAMPLED)]
-        numbers, custom_params = SAMPLED[way]
+        way = list(ways)[seed % len(ways)]
+        numbers, custom_params = ways[way]
         sampling = Sampling(**{"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, **numbers}, seed=seed)
         common: dict[str, Any] = {"custom_params": custom_params, "ignore_eos": True}
         case = answer(model, facts, prompt, NEW_TOKENS, **common, sampling=sampling)
