@@ -58,6 +58,7 @@ def install(mode: Mode) -> None:
         register_algorithms()
         hook_model_class()
         hook_sampling_defaults()
+        hook_completions()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -129,6 +130,16 @@ def hook_sampling_defaults() -> None:
 
     target = "sglang.srt.configs.model_config.ModelConfig.get_default_sampling_params"
     HookRegistry.register(target, default_to_greedy, HookType.AFTER)
+
+
+def hook_completions() -> None:
+    """Refuse what the host's completions endpoint reads and drops; the scheduler would never hear of it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.arguments import refuse_dropped
+
+    target = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
+    HookRegistry.register(target, refuse_dropped, HookType.AFTER)
 
 
 def replace_scheduler() -> None:

@@ -209,7 +209,7 @@ class Request(Generic[P]):
 
     def report_steps(self, *, ended: bool) -> list[int]:
         """Decode steps of the blocks gone since the last call; with `ended`, of the live ones too."""
-        everything = self.steps_per_block + [block.steps for block in self.blocks if block.steps and ended]
+        everything = self.steps_of_blocks if ended else self.steps_per_block
         news = everything[self.blocks_reported :]
         self.blocks_reported = len(everything)
         return news
@@ -236,6 +236,11 @@ class Request(Generic[P]):
     def known(self) -> int:
         """Positions whose token is given or committed."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def steps_of_blocks(self) -> list[int]:
+        """Decode steps of each block so far, live ones included."""
+        return self.steps_per_block + [block.steps for block in self.blocks if block.steps]
 
     @property
     def live_from(self) -> int:

@@ -102,9 +102,9 @@ def report(
     """Log-probabilities after a step, fp64, of all groups that want some, one after the other, flat.
 
     ids, origin: int64 [R, T], as in StepOut. Of each position: that of the token which the step put there, or moved
-    away from there; the `top` largest, but not
-    the mask's, and their ids; those of `ids`. They are of the distribution that the token came from before it was cut,
-    or where the group's report says so of the logits as the network gives them.
+    away from there; the `top` largest, but not the mask's, and their ids; those of `ids`. They are of the distribution
+    that the token came from before it was cut, or where the group's report says so of the logits as the network gives
+    them.
     """
     T = ids.shape[1]
     places = torch.where(origin < 0, T, origin)

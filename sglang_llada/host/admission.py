@@ -35,12 +35,15 @@ REFUSALS = (
     Refusal(lambda r, p: r.return_hidden_states, "return_hidden_states is not supported"),
     Refusal(lambda r, p: r.return_routed_experts or r.return_indexer_topk, "expert and index traces are not supported"),
     Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported"),
-    Refusal(lambda r, p: (p.beam_width or 1) > 1, "beam search (beam_width {p.beam_width}) is not supported"),
     Refusal(lambda r, p: p.watermark, "watermarks are not supported"),
     Refusal(lambda r, p: r.lora_id, "LoRA adapters are not supported"),
     Refusal(
         lambda r, p: r.input_embeds is not None or r.positional_embed_overrides is not None,
         "input embeddings are not supported: blocks are made of tokens",
+    ),
+    Refusal(
+        lambda r, p: r.multi_item_delimiter_indices is not None or r.token_indices_to_pool is not None,
+        "scores of items are not supported: they need the log-probability of what would come next",
     ),
     Refusal(
         lambda r, p: r.session is not None and r.session.streaming,
@@ -68,11 +71,9 @@ def decode_params(req: Any, defaults: DecodeConfig, vocabulary: int) -> DecodeCo
     ConfigError if custom_params are bad; the host checks its own parameters.
     """
     params = req.sampling_params
-    processor_of(req)
     custom = {key: value for key, value in (params.custom_params or {}).items() if key not in HOST_PARAMS}
-    if req.custom_logit_processor:  # what we do not know is for it
-        processor_of(req)
-    custom = {key: value for key, value in custom.items() if key in KEYS}
+    if processor_of(req) is not None:  # what we do not know is for it
+        custom = {key: value for key, value in custom.items() if key in KEYS}
     decode = replace(defaults.replaced(custom), report=report_of(req, vocabulary))
     if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
         decode = decode.from_left_to_right

@@ -32,7 +32,7 @@ from sglang.srt.mem_cache.common import (
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.observability.req_time_stats import set_time_batch
-from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule, get_serving
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Ending, Phase, Plan, Request, Rules, Table, next_step
@@ -43,6 +43,7 @@ from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_re
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, tokens_of
 from sglang_llada.host.grammar import conform
+from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
 from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs
 
@@ -73,6 +74,8 @@ class LladaScheduler(Scheduler):
         self.unbooked: list[Decision] = []
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
         self.replayed = self.eager = 0  # steps
+        context = self.metrics_collector_context
+        self.metrics = Metrics(context.collector.labels) if context.current_scheduler_metrics_enabled else None
         self.executor = Executor(self.tp_worker.model_runner, Decider(self.tp_worker.model_runner))
         self.running_batch.forward_mode = ForwardMode.DLLM_EXTEND
         # Checkpoints without a generation_config name their stop tokens in the tokenizer only.
@@ -175,7 +178,7 @@ class LladaScheduler(Scheduler):
         self.profiler_manager._profile_batch_predicate(self.running_batch)
         slots = [self.reqs[row.request.rid].kv.req_pool_idx for row in plan.rows]
         self.in_flight = self.executor.launch(plan, slots, rows if len(rows) > 1 else None)
-        self._count_step(self.in_flight.replayed)
+        self._count_step(self.in_flight)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
         return True
@@ -204,14 +207,15 @@ class LladaScheduler(Scheduler):
             time.sleep(IDLE_SECONDS)
         return rows
 
-    def _count_step(self, replayed: bool) -> None:
-        """Steps that a CUDA graph ran, and others, for the log line and the host's metric of them."""
-        if replayed:
+    def _count_step(self, step: InFlight) -> None:
+        """Steps that a CUDA graph ran, and others, for the log line and the metrics."""
+        if step.replayed:
             self.replayed += 1
         else:
             self.eager += 1
-        if get_observability().enable_metrics:
-            self.metrics_collector.increment_decode_cuda_graph_pass(value=replayed)
+        if self.metrics is not None:
+            self.metrics_collector.increment_decode_cuda_graph_pass(value=step.replayed)
+            self.metrics.step(step.plan, replayed=step.replayed)
 
     # --- admission --------------------------------------------------------------------------------------------------
 
@@ -373,10 +377,11 @@ class LladaScheduler(Scheduler):
             self._share(req, self.table[req.rid])
             book_prompt_logprobs(req, self.table[req.rid])
         changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid))]
+        cut = sum(len(req.output_ids) - len(req.output_ids_through_stop) for req in changed)  # after a stop
         if changed:
             self._stream(changed)
         if decided:
-            self._report(sum(news.values()))
+            self._report(sum(news.values()) - cut)
         self.maybe_send_health_check_signal()
 
     def _share(self, req: Any, request: Request[DecodeConfig]) -> None:
@@ -411,6 +416,8 @@ class LladaScheduler(Scheduler):
         for req in ended:
             self._release(req)
             req.time_stats.set_completion_time()
+            if self.metrics is not None:
+                self.metrics.ended(self.table[req.rid], len(req.output_ids_through_stop))
         self.output_streamer.stream_output(changed, any(req.return_logprob for req in changed))
         for req in ended:
             self.table.drop(req.rid)

@@ -73,9 +73,9 @@ OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 
 
 def fields(owner: str, names: str, why: str, until: str) -> Iterator[Seam]:
-    """Rows of attributes of one class that serve one purpose; the names separated by spaces."""
+    """Rows of attributes of a class, or names of a module, that serve one purpose; separated by spaces."""
     for name in names.split():
-        yield Seam(f"{owner}.{name}", Kind.USE, VALUE, why, until)
+        yield Seam(f"{owner}.{name}" if ":" in owner else f"{owner}:{name}", Kind.USE, VALUE, why, until)
 
 
 # fmt: off
@@ -124,6 +124,9 @@ SEAMS: tuple[Seam, ...] = (
          "must never run under our scheduler", NAMED_ALGORITHMS),
     Seam("sglang.srt.configs.model_config:ModelConfig.get_default_sampling_params", Kind.HOOK, "(self)",
          "greedy where a chat request names no temperature", NAMED_ALGORITHMS),
+    Seam("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._validate_request",
+         Kind.HOOK, "(self, request)",
+         "refuses what the host drops", "the host refuses or honours best_of and suffix"),
     # Model class
     Seam("sglang.srt.models.registry:ModelRegistry", Kind.USE, VALUE,
          "the registry of the process that loads weights", LAZY_MODELS),
@@ -180,7 +183,9 @@ SEAMS: tuple[Seam, ...] = (
             "req_to_token_pool token_to_kv_pool_allocator tree_cache tp_worker",
             "rows, pages, radix tree and model", OWN_SCHEDULER),
     *fields("sglang.srt.managers.scheduler:Scheduler",
-            "output_streamer metrics_reporter metrics_collector profiler_manager load_publisher load_inquirer",
+            "output_streamer metrics_reporter metrics_collector metrics_collector_context profiler_manager",
+            "told of every step", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.scheduler:Scheduler", "load_publisher load_inquirer",
             "told of every step", OWN_SCHEDULER),
     *fields("sglang.srt.managers.scheduler:Scheduler",
             "new_token_ratio_tracker page_size chunked_prefill_size max_prefill_tokens max_running_requests",
@@ -241,8 +246,11 @@ SEAMS: tuple[Seam, ...] = (
          "what the load is", OWN_SCHEDULER),
     Seam("sglang.srt.runtime_context:get_schedule", Kind.USE, "()",
          "a limit of admission that the scheduler has no field for", OWN_SCHEDULER),
-    Seam("sglang.srt.runtime_context:get_observability", Kind.USE, "()",
-         "whether metrics are on", OWN_SCHEDULER),
+    *fields("sglang.srt.observability.metrics_collector:SchedulerMetricsCollectorContext",
+            "collector current_scheduler_metrics_enabled",
+            "whether this rank has metrics", OWN_SCHEDULER),
+    Seam("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector.labels", Kind.USE, VALUE,
+         "labels of our own metrics", OWN_SCHEDULER),
     Seam("sglang.srt.runtime_context:get_serving", Kind.USE, "()",
          "whether answers stay out of the radix tree", OWN_SCHEDULER),
     Seam("sglang.srt.environ:envs", Kind.USE, VALUE,
@@ -295,11 +303,49 @@ SEAMS: tuple[Seam, ...] = (
             "tokenizer eos_token_ids",
             "tokens that end a request", OWN_SCHEDULER),
     *fields("sglang.srt.managers.schedule_batch:Req",
-            "custom_logit_processor return_logprob return_hidden_states return_routed_experts return_indexer_topk "
-            "return_sampling_mask lora_id input_embeds positional_embed_overrides session",
+            "return_hidden_states return_routed_experts return_indexer_topk return_sampling_mask lora_id input_embeds "
+            "positional_embed_overrides session multi_item_delimiter_indices token_indices_to_pool",
             "refused", OWN_SCHEDULER),
-    Seam("sglang.srt.managers.schedule_batch:Req.is_prefill_only", Kind.USE, "(self)",
-         "refused with log-probabilities", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "custom_logit_processor grammar return_logprob logprob logprob_start_len",
+            "what a request does to its logits and wants of them", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:ReqLogprob",
+            "top_logprobs_num token_ids_logprob input_token_logprobs_val input_token_logprobs_idx "
+            "input_top_logprobs_val input_top_logprobs_idx input_token_ids_logprobs_val input_token_ids_logprobs_idx",
+            "log-probabilities of a prompt", OWN_SCHEDULER),
+    *fields("sglang.srt.managers.schedule_batch:ReqLogprob",
+            "output_token_logprobs_val output_token_logprobs_idx output_top_logprobs_val output_top_logprobs_idx "
+            "output_token_ids_logprobs_val output_token_ids_logprobs_idx",
+            "log-probabilities of an answer", OWN_SCHEDULER),
+    Seam("sglang.srt.layers.sampler:SGLANG_RETURN_ORIGINAL_LOGPROB", Kind.USE, VALUE,
+         "which log-probabilities the user wants", OWN_SCHEDULER),
+    Seam("sglang.srt.sampling.custom_logit_processor:CustomLogitProcessor", Kind.USE, CLASS,
+         "code of a request", OWN_SCHEDULER),
+    Seam("sglang.srt.sampling.custom_logit_processor:CustomLogitProcessor.from_str", Kind.USE, "(cls, json_str)",
+         "code of a request", OWN_SCHEDULER),
+    # Grammars
+    Seam("sglang.srt.managers.scheduler:Scheduler.grammar_manager", Kind.USE, VALUE,
+         "compiles grammars while requests wait", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars", Kind.USE, "(self)",
+         "compiles grammars while requests wait", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.grammar_manager:GrammarManager.get_ready_grammar_requests", Kind.USE, "(self)",
+         "compiles grammars while requests wait", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.accept_token", Kind.USE, "(self, token)",
+         "a grammar goes on", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.is_terminated", Kind.USE, "(self)",
+         "nothing may follow", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.allocate_vocab_mask",
+         Kind.USE, "(self, vocab_size, batch_size, device)",
+         "what may follow", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask",
+         Kind.USE, "(self, vocab_mask, idx)",
+         "what may follow", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.move_vocab_mask",
+         Kind.USE, "(vocab_mask, device)",
+         "what may follow", OWN_SCHEDULER),
+    Seam("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.apply_vocab_mask",
+         Kind.USE, "(logits, vocab_mask)",
+         "what may follow", OWN_SCHEDULER),
     *fields("sglang.srt.managers.schedule_batch:ReqKvInfo",
             "req_pool_idx kv_allocated_len kv_committed_len cache_protected_len",
             "a request's row and pages", OWN_SCHEDULER),
@@ -307,9 +353,19 @@ SEAMS: tuple[Seam, ...] = (
             "max_new_tokens stop_token_ids ignore_eos custom_params",
             "where an answer ends and how it is decoded", OWN_SCHEDULER),
     *fields("sglang.srt.sampling.sampling_params:SamplingParams",
-            "temperature top_k frequency_penalty presence_penalty repetition_penalty min_new_tokens logit_bias "
-            "json_schema regex ebnf structural_tag beam_width watermark",
-            "refused unless neutral", OWN_SCHEDULER),
+            "temperature top_k top_p min_p sampling_seed",
+            "how tokens are drawn", OWN_SCHEDULER),
+    *fields("sglang.srt.sampling.sampling_params:SamplingParams",
+            "frequency_penalty presence_penalty repetition_penalty min_new_tokens logit_bias",
+            "what a request does to its logits", OWN_SCHEDULER),
+    *fields("sglang.srt.sampling.sampling_params:SamplingParams",
+            "json_schema regex ebnf structural_tag",
+            "whether its output has a grammar", OWN_SCHEDULER),
+    Seam("sglang.srt.sampling.sampling_params:SamplingParams.watermark", Kind.USE, VALUE,
+         "refused", OWN_SCHEDULER),
+    *fields("sglang.srt.sampling.sampling_params",
+            "REQUEST_REASONING_END_TOKEN_IDS_KEY REQUEST_REASONING_IN_GRAMMAR_KEY",
+            "keys of custom_params that are the host's", OWN_SCHEDULER),
     # KV
     Seam("sglang.srt.mem_cache.common:match_kv_cache",
          Kind.USE, "(req, tree_cache, token_ids, *, cow_mamba, max_prefix_len)",
