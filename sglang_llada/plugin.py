@@ -58,7 +58,7 @@ def install(mode: Mode) -> None:
         register_algorithms()
         hook_model_class()
         hook_sampling_defaults()
-        hook_completions()
+        hook_door()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -132,14 +132,16 @@ def hook_sampling_defaults() -> None:
     HookRegistry.register(target, default_to_greedy, HookType.AFTER)
 
 
-def hook_completions() -> None:
-    """Refuse what the host's completions endpoint reads and drops; the scheduler would never hear of it."""
+def hook_door() -> None:
+    """Refuse what would be dropped, or end badly, before the scheduler hears of it."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.arguments import refuse_dropped
+    from sglang_llada.host import door
 
-    target = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
-    HookRegistry.register(target, refuse_dropped, HookType.AFTER)
+    completions = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
+    HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
+    generate = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
+    HookRegistry.register(generate, door.check_sampling, HookType.BEFORE)
 
 
 def replace_scheduler() -> None:

@@ -58,6 +58,9 @@ def why_refused(req: Any, defaults: DecodeConfig, vocabulary: int) -> str | None
     for refusal in REFUSALS:
         if refusal.asks(req, params):
             return refusal.sentence.format(r=req, p=params)
+    outside = next((token for token in req.origin_input_ids if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        return f"input_ids holds {outside}; allowed: 0 to {vocabulary - 1}"
     try:
         decode_params(req, defaults, vocabulary)
     except ConfigError as error:

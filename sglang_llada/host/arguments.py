@@ -134,17 +134,6 @@ def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, 
     return defaults
 
 
-def refuse_dropped(why: str | None, serving: Any, request: Any) -> str | None:
-    """The sentence that refuses a request to the host's OpenAI completions endpoint, `why` if the host has one."""
-    if why is not None or not is_ours(serving.tokenizer_manager.server_args):
-        return why
-    if request.suffix:
-        return f"suffix is {request.suffix!r}; allowed: none, since a LLaDA2 answer follows its prompt"
-    if request.best_of not in (None, request.n):
-        return f"best_of is {request.best_of}; allowed: {request.n}, which is n, or none"
-    return None
-
-
 def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:
     """The host's DllmConfig (or None) with block size and mask id of the checkpoint instead of its table's.
 

@@ -127,6 +127,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._validate_request",
          Kind.HOOK, "(self, request)",
          "refuses what the host drops", "the host refuses or honours best_of and suffix"),
+    Seam("sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments", Kind.HOOK, "(self)",
+         "refuses parameters of the wrong kind", "the host checks the kinds of sampling parameters"),
+    Seam("sglang.srt.sampling.sampling_params:SamplingParams", Kind.USE, CLASS,
+         "of which kind parameters are", "the host checks the kinds of sampling parameters"),
     # Model class
     Seam("sglang.srt.models.registry:ModelRegistry", Kind.USE, VALUE,
          "the registry of the process that loads weights", LAZY_MODELS),

@@ -56,13 +56,22 @@ class Shaping:
                 rows = torch.tensor(early, device=device)
                 logits = shaping.ban(logits, rows, torch.tensor(self.ends, device=device))
             if self.matcher is not None:
-                logits = self.matcher.shape(logits)
+                logits = self._conforming(logits)
             if self.bias:
                 values = torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=device)
                 logits = shaping.add(logits, torch.tensor(list(self.bias), device=device), values)
             return logits if self.processor is None else self._processed(logits)
 
         return shape
+
+    def _conforming(self, logits: Tensor) -> Tensor:
+        """What the grammar leaves of the logits; as they were if that is nothing."""
+        assert self.matcher is not None
+        left = self.matcher.shape(logits.clone())
+        if (left[0] == float("-inf")).all():
+            self.failure = f"the grammar must end here, and min_new_tokens is {self.min_new_tokens}"
+            return logits
+        return left
 
     def _processed(self, logits: Tensor) -> Tensor:
         """What the request's own code makes of its logits; as they were if it fails."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -14,21 +13,7 @@ from sglang_llada.decode.sampling import Draws, draw, uniform
 from sglang_llada.decode.select import Head
 from sglang_llada.decode.whole import Group, choose, order
 from sglang_llada.llada2 import editing
-
-V, MASK, SAMPLES = 40, 7, 20_000
-WAYS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "cold": {"temperature": 0.5},
-    "hot": {"temperature": 2.0},
-    "top-k": {"top_k": 5},
-    "top-p": {"top_p": 0.7},
-    "min-p": {"min_p": 0.1},
-    "all": {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
-}
-
-
-def sampling(seed: int = 0, **values: Any) -> Sampling:
-    return Sampling(**{"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "seed": seed, **values})
+from tests.decode.distribution import MASK, SAMPLES, WAYS, V, fit, sampling, share
 
 
 def draws(ways: list[Sampling], noise: torch.Tensor) -> Draws:
@@ -45,17 +30,6 @@ def draws(ways: list[Sampling], noise: torch.Tensor) -> Draws:
     )
 
 
-def share(logits: torch.Tensor, way: Sampling) -> torch.Tensor:
-    """The distribution of the definition, position by position."""
-    chances = (logits / way.temperature).index_fill(0, torch.tensor(MASK), float("-inf")).softmax(-1).tolist()
-    kept, before = [0.0] * V, 0.0
-    for rank, token in enumerate(sorted(range(V), key=lambda t: -chances[t])):
-        if rank < way.top_k and before <= way.top_p and chances[token] >= way.min_p * max(chances):
-            kept[token] = chances[token]
-        before += chances[token]
-    return torch.tensor(kept) / sum(kept)
-
-
 @pytest.mark.parametrize("name", WAYS)
 def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
     torch.manual_seed(1)
@@ -65,17 +39,8 @@ def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
     token, prob = draw(logits.repeat(SAMPLES, 1), MASK, draws([way] * SAMPLES, noise))
     want = share(logits, way)
     assert torch.allclose(prob, want[token], atol=1e-6)
-    counts = token.bincount(minlength=V)
-    assert counts[want == 0].sum() == 0 and counts[MASK] == 0
-    likely = want * SAMPLES >= 5  # where the test is valid; the others together are one more kind
-    observed = [*counts[likely].tolist(), int(counts[~likely].sum())]
-    expected = [*(want[likely] * SAMPLES).tolist(), float(want[~likely].sum() * SAMPLES)]
-    if expected[-1] == 0:
-        observed, expected = observed[:-1], expected[:-1]
-    total = sum(expected)
-    p = chisquare(observed, [each * sum(observed) / total for each in expected]).pvalue
-    print(f"{name}: chi-square p = {p:.3f}")
-    assert p > 0.001
+    print(f"{name}: chi-square p = {fit(token, want):.3f}")
+    assert fit(token, want) > 0.001
 
 
 @pytest.mark.parametrize("axis", range(3))

@@ -94,7 +94,7 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     with torch.inference_mode():
         on_device = [torch.tensor(each, device=runner.device) for each in (ids, starts, slots)]
         batch = executor.forward_batch(*on_device, starts, slots)
-        batch.step_table = torch.tensor([executor.idle] * len(rows), device=runner.device)
+        batch.step_table = torch.tensor([executor.decide.idle] * len(rows), device=runner.device)
         hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
 

@@ -383,7 +383,7 @@ def test_no_diffusion_config_stays_none(arguments: Any, llada2: str) -> None:
 
 
 def test_decode_parameters_are_checked_at_start(arguments: Any, llada2: str) -> None:
-    with pytest.raises(ConfigError, match="--dllm-algorithm-config: unknown key 'block_size'"):
+    with pytest.raises(ConfigError, match=f"--dllm-algorithm-config: block_size is 4; allowed: {T}"):
         corrected(arguments, llada2, Mode.ON, block_size=4)
     with pytest.raises(ConfigError, match=f"steps is {T + 1}; allowed: an integer from 1 to {T}"):
         corrected(arguments, llada2, Mode.ON, steps=T + 1)

@@ -116,7 +116,7 @@ def test_stop_token_ids_and_stop_strings_end_inside_a_block(server: Server) -> N
         ({"min_new_tokens": 5}, "min_new_tokens"),
         ({"regex": "a(b"}, "regex"),
         ({"logit_bias": {"500": 1.0}}, "logit_bias"),
-        ({"beam_width": 2}, "beam"),
+        ({"beam_width": 2}, "Beam search"),
         ({"custom_params": {"treshold": 0.5}}, "treshold"),
         ({"custom_params": {"threshold": 1.5}}, "1.5"),
         ({"custom_params": {"steps": 33}}, "33"),

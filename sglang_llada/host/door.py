@@ -1,0 +1,54 @@
+"""Requests as the host's HTTP side and Engine get them: what it would drop, or stumble over, is refused with HTTP 400.
+
+Hooks of functions that run before a request reaches the scheduler, where host/admission.py decides about all else.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, get_type_hints
+
+import msgspec
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_llada.host.arguments import is_ours
+
+
+def refuse_dropped(why: str | None, serving: Any, request: Any) -> str | None:
+    """The sentence that refuses a request to the host's OpenAI completions endpoint, `why` if the host has one."""
+    if why is not None or not is_ours(serving.tokenizer_manager.server_args):
+        return why
+    if request.suffix:
+        return f"suffix is {request.suffix!r}; allowed: none, since a LLaDA2 answer follows its prompt"
+    if request.best_of not in (None, request.n):
+        return f"best_of is {request.best_of}; allowed: {request.n}, which is n, or none"
+    return None
+
+
+def check_sampling(request: Any) -> None:
+    """Refuse sampling parameters of a kind that the host does not look at before it uses them.
+
+    Raises:
+        ValueError: one of them is unknown, or not what its annotation says, or a stop_regex is none.
+    """
+    given = request.sampling_params or {}
+    for params in given if isinstance(given, list) else [given]:
+        for name, value in params.items():
+            if name not in kinds():
+                raise ValueError(f"sampling_params: unknown key {name!r}; allowed: {', '.join(kinds())}")
+            if value is None:  # the host's defaults
+                continue
+            try:
+                msgspec.convert(value, kinds()[name])
+                if name == "stop_regex":
+                    for pattern in [value] if isinstance(value, str) else value:
+                        re.compile(pattern)
+            except (msgspec.ValidationError, re.error) as error:
+                raise ValueError(f"{name} is {value!r}: {error}") from None
+
+
+@lru_cache
+def kinds() -> dict[str, Any]:
+    """The type of each sampling parameter."""
+    return get_type_hints(SamplingParams) | {"logit_bias": dict[str | int, float], "watermark": Any}
