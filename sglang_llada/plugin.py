@@ -142,6 +142,9 @@ def hook_door() -> None:
     HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
     generate = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
     HookRegistry.register(generate, door.check_sampling, HookType.BEFORE)
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
+    HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
 
 
 def replace_scheduler() -> None:

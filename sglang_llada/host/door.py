@@ -1,17 +1,20 @@
-"""Requests as the host's HTTP side and Engine get them: what it would drop, or stumble over, is refused with HTTP 400.
+"""What users send and the host would drop, or stumble over, is refused with a sentence, and the server goes on.
 
-Hooks of functions that run before a request reaches the scheduler, where host/admission.py decides about all else.
+Hooks of the host's functions around its HTTP side, Engine and weight updates. Whatever a generate request asks for
+beyond that is decided in host/admission.py.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 import msgspec
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_llada.errors import ConfigError
 from sglang_llada.host.arguments import is_ours
 
 
@@ -46,6 +49,32 @@ def check_sampling(request: Any) -> None:
                         re.compile(pattern)
             except (msgspec.ValidationError, re.error) as error:
                 raise ValueError(f"{name} is {value!r}: {error}") from None
+
+
+def refuse_tensors(update: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Around the host's update of weights from tensors: those that do not fit are named, where it would end."""
+    try:
+        return update(*args, **kwargs)
+    except ConfigError as error:
+        return False, str(error)
+
+
+def keep_weights(
+    update: Callable[..., tuple[bool, str]], updater: Any, model_path: str, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """Around the host's update of weights from disk: if they do not fit, the weights before are loaded again.
+
+    The host means to do so, but looks for them where it found those that do not fit.
+    """
+    before = updater.model_config.model_path
+    try:
+        success, message = update(updater, model_path, *args, **kwargs)
+    except ConfigError as error:
+        update(updater, before, *args, **kwargs)
+        return False, f"{error}; the weights of {before} were loaded again"
+    if not success:
+        updater.model_config.model_path = before
+    return success, message
 
 
 @lru_cache
