@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,19 +81,36 @@ def reference() -> Llada2ForDiffusion:
 
 
 @pytest.fixture(scope="session")
-def cases(tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts, reference: Llada2ForDiffusion) -> list[Case]:
+def cases(tokenizer: PreTrainedTokenizerFast) -> list[Case]:
     """Held-out prompts of 1 to 1,500 tokens, decoded by the reference once for all tests."""
     lengths = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 1500]
     rng = random.Random(0)
     while len(lengths) < PROMPTS:
         lengths.append(int(1500 ** rng.random()))
-    return [decoded(reference, facts, prompt) for prompt in held_out_prompts(tokenizer, lengths)]
+    return decoded(list(held_out_prompts(tokenizer, lengths)))
 
 
-def decoded(model: Llada2ForDiffusion, facts: CheckpointFacts, prompt: list[int]) -> Case:
+def decoded(
+    prompts: list[list[int]], new_tokens: int = NEW_TOKENS, folder: Path = TINY, *, ignore_eos: bool = False
+) -> list[Case]:
+    """Prompts with the answers of the reference to a checkpoint's weights, worked out on two cores."""
+    work = functools.partial(decode_one, folder, new_tokens, ignore_eos)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(work, prompts))
+
+
+def decode_one(folder: Path, new_tokens: int, ignore_eos: bool, prompt: list[int]) -> Case:
     """A prompt with the reference's answer."""
     torch.set_num_threads(1)
-    return Case(prompt, generate(model, prompt, NEW_TOKENS, mask_id=facts.mask_id, stop_ids=facts.stop_ids))
+    model, facts = loaded(folder)
+    stop_ids = frozenset() if ignore_eos else facts.stop_ids
+    return Case(prompt, generate(model, prompt, new_tokens, mask_id=facts.mask_id, stop_ids=stop_ids))
+
+
+@functools.lru_cache
+def loaded(folder: Path) -> tuple[Llada2ForDiffusion, CheckpointFacts]:
+    """A checkpoint in the reference network, and what it says of itself."""
+    return load_reference(folder), read_facts(folder)
 
 
 def held_out_prompts(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> Iterator[list[int]]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from sglang_llada.llada2.checkpoint import CheckpointFacts
-from sglang_llada.llada2.reference import Llada2ForDiffusion, generate
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
 from tests.host.serving import Server, serving
 
@@ -105,10 +103,9 @@ def test_graphs_change_nothing(server: Server, cases: list[Case], tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def long_cases(cases: list[Case], facts: CheckpointFacts, reference: Llada2ForDiffusion) -> list[Case]:
+def long_cases(cases: list[Case]) -> list[Case]:
     """Short prompts with long answers, which outgrow the small pool together."""
-    prompts = [case.prompt[:40] for case in cases[20 : 20 + LONG_ANSWERS]]
-    return [Case(ids, generate(reference, ids, LONG_TOKENS, mask_id=facts.mask_id)) for ids in prompts]
+    return decoded([case.prompt[:40] for case in cases[20 : 20 + LONG_ANSWERS]], LONG_TOKENS, ignore_eos=True)
 
 
 def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case], long_cases: list[Case]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from sglang_llada.llada2.checkpoint import read_facts
 from sglang_llada.llada2.weights import load_reference
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
-from tests.host.serving import launch, ready, serving, session_members, stop, tail
+from tests.host.serving import Server, launch, ready, serving, session_members, stop, tail
 from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,15 +29,20 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize(("how", "replay"), [(how, "0") for how in FLAGS] + [("tensor", "1")])
+@pytest.mark.parametrize(("how", "replay"), [("attention", "0"), ("tensor", "1")])
 def test_two_ranks_answer_as_one(how: str, replay: str, cases: list[Case], tmp_path: Path) -> None:
     with serving(TINY, tmp_path / "log", *FLAGS[how], *LOG_OFTEN, env={"SGLANG_LLADA_REPLAY": replay}) as server:
-        answers = server.generate_all([case.prompt for case in cases[:100]], NEW_TOKENS, 16)
-        steps = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", server.log.read_text())
-    compare(cases[:100], answers, f"{how}{', graphs replayed' * int(replay)}, 16 at once")
-    replayed, eager = map(int, steps[-1])
-    print(f"steps: {replayed} replayed, {eager} eager")
+        replayed, eager = answer_as_one(server, cases, f"{how}{', graphs replayed' * int(replay)}")
     assert (replayed > eager) == (replay == "1")
+
+
+def answer_as_one(server: Server, cases: list[Case], how: str) -> tuple[int, int]:
+    """Hundred prompts, 16 at once; how many steps were replayed, and how many not."""
+    answers = server.generate_all([case.prompt for case in cases[:100]], NEW_TOKENS, 16)
+    replayed, eager = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", server.log.read_text())[-1]
+    compare(cases[:100], answers, f"{how}, 16 at once")
+    print(f"steps: {replayed} replayed, {eager} eager")
+    return int(replayed), int(eager)
 
 
 def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[Case], tmp_path: Path) -> None:
@@ -46,7 +51,7 @@ def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[C
     assert facts.indel and model.config.expert_capacity is not None
     prompts = [case.prompt[-60:] for case in cases[:12]]
     asked = [each for way in WAYS for each in ask(model, facts, way, prompts)]
-    sampled = ask_sampled(model, facts, [*prompts, *babble(24)])
+    sampled = ask_sampled(model, facts, [*prompts, *babble(64 - len(prompts))])
     with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
         for some, what in ((asked, "greedy"), (sampled, "sampled")):
             with ThreadPoolExecutor(16) as pool:
@@ -56,12 +61,14 @@ def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[C
             compare([each.case for each in some], answers, f"{what}, every way, two ranks", most_close=0.6)
 
 
-def test_the_death_of_a_rank_ends_the_server(tmp_path: Path) -> None:
-    """In the middle of a request; the log says which rank it was."""
+def test_two_ranks_answer_as_one_until_one_of_them_dies(cases: list[Case], tmp_path: Path) -> None:
+    """In the middle of a request; the server ends, and the log says which rank it was."""
     log = tmp_path / "log"
-    process, url = launch(TINY, log, *FLAGS["tensor"])
+    process, url = launch(TINY, log, *FLAGS["tensor"], *LOG_OFTEN)
     try:
         server = ready(process, url, log)
+        replayed, _ = answer_as_one(server, cases, "tensor")
+        assert replayed == 0
         with ThreadPoolExecutor(1) as client:
             running = client.submit(server.generate, [70] * 20, 8000, ignore_eos=True)
             os.kill(scheduler_of(process.pid, "TP1"), signal.SIGKILL)

@@ -194,3 +194,32 @@ def test_snapshots_show_each_step_and_leave_the_text_alone(server: Server, facts
             known = plain["output_ids"][each["committed"] :]
             assert token is None or i >= len(known) or token == known[i]
     assert "dllm_snapshots" not in plain["meta_info"]
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_steps_rows_and_what_is_returned(server: Server) -> None:
+    def counted() -> dict[str, float]:
+        names = ["steps_total", "tokens_per_forward_count", "tokens_per_forward_sum"]
+        names += ["forwards_per_block_count", "forwards_per_block_sum"]
+        found = {name: server.metric(f"sglang:llada_{name}") for name in names}
+        found |= {kind: server.metric("sglang:llada_rows_total", kind=kind) for kind in ("fill", "denoise", "seal")}
+        return found | {"tokens": server.metric("sglang:generation_tokens_total")}
+
+    server.flush()
+    before = counted()
+    got = count(server, ignore_eos=True, stop="19", custom_params={"threshold": 0.5})["meta_info"]
+    after = counted()
+    forwards, blocks = got["dllm_nfe"][0], got["dllm_forward_counts"]
+    assert {name: pytest.approx(after[name] - before[name]) for name in after} == {
+        "steps_total": forwards,
+        "tokens_per_forward_count": 1,
+        "tokens_per_forward_sum": got["completion_tokens"] / forwards,
+        "forwards_per_block_count": len(blocks),
+        "forwards_per_block_sum": sum(blocks),
+        "fill": 0,
+        "denoise": got["dllm_steps"][0],
+        "seal": len(blocks) - 1,
+        "tokens": got["completion_tokens"],
+    }

@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.utils import MultiprocessingSerializer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.llada2.checkpoint import CheckpointFacts
-from sglang_llada.llada2.reference import Llada2ForDiffusion
-from sglang_llada.llada2.weights import load_reference
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, decoded, held_out_prompts
 from tests.host.serving import ROOT, Server
 
@@ -28,11 +26,10 @@ LONG = [70, 71, 72]
 
 
 @pytest.fixture(scope="module")
-def answers(tokenizer: Any, facts: CheckpointFacts, reference: Llada2ForDiffusion) -> dict[Path, list[Case]]:
+def answers(tokenizer: PreTrainedTokenizerFast) -> dict[Path, list[Case]]:
     """Prompts with what the reference answers to them with the weights of either checkpoint."""
     prompts = list(held_out_prompts(tokenizer, [20, 33, 50, 64, 80, 100, 120, 150]))
-    models = {TINY: reference, OTHER: load_reference(OTHER)}
-    found = {folder: [decoded(model, facts, prompt) for prompt in prompts] for folder, model in models.items()}
+    found = {folder: decoded(prompts, folder=folder) for folder in (TINY, OTHER)}
     assert [case.want.token_ids for case in found[TINY]] != [case.want.token_ids for case in found[OTHER]]
     return found
 
