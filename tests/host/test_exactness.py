@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
+from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, decoded
 from tests.host.serving import Server, serving
 
 CONTEXT = 2080
