@@ -1,0 +1,165 @@
+"""Serving, side by side with the host's own code in one run: `python -m bench.serve [--only chat ...]`.
+
+Three servers with the small checkpoint stand beside each other: ours; the host's scheduler and model on our platform's
+attention and expert kernels ("like for like"); and the host's on its own torch_native attention ("as it comes"). Each
+workload runs on them in turn, several times, each time from an empty prefix cache. Tables of medians and spreads over
+the runs, then one JSON record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import requests
+from transformers import PreTrainedTokenizerFast
+
+from bench.load import Ask, Reply, closed_loop, open_loop
+from bench.records import ROOT, new_record
+from examples.tiny_llada2.tasks import examples
+from tests.host.serving import serving
+
+CHECKPOINT = ROOT / "examples" / "tiny-llada2"
+SIDES: dict[str, tuple[dict[str, str], list[str]]] = {
+    "ours": ({}, []),
+    "like for like": ({"SGLANG_LLADA": "off"}, []),
+    "as it comes": ({"SGLANG_LLADA": "off"}, ["--attention-backend", "torch_native"]),
+}
+NEW_TOKENS = 128
+LONG = 1500  # tokens of the long prompts that arrive into running decodes
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests, and how they are sent: to a server at this address, from an empty cache."""
+
+    name: str
+    asks: list[Ask]
+    send: Callable[[str, list[Ask]], list[Reply]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables and the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="workloads whose names begin so; all of them otherwise")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    chosen = [w for w in workloads() if not args.only or w.name.startswith(tuple(args.only))]
+    results: dict[str, dict[str, list[dict[str, float]]]] = {w.name: {side: [] for side in args.sides} for w in chosen}
+    with ExitStack() as stack:
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        urls = {}
+        for side in args.sides:
+            env, flags = SIDES[side]
+            urls[side] = stack.enter_context(serving(CHECKPOINT, log / side, *flags, env=env)).url
+        for workload in chosen:
+            for repeat in range(1 + args.repeats):  # the first one warms up
+                for side, url in urls.items():
+                    requests.post(url + "/flush_cache", timeout=60).raise_for_status()
+                    figures = summary(workload.asks, workload.send(url, workload.asks))
+                    if repeat:
+                        results[workload.name][side].append(figures)
+            show(workload.name, results[workload.name])
+    print(json.dumps({**new_record(), "workloads": results}))
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+
+def workloads() -> Iterator[Workload]:
+    """Everything that is measured; requests differ from workload to workload and not from run to run."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
+    for at_once, count in ((1, 40), (8, 160), (32, 320)):
+        asks = list(islice(chats(tokenizer, seed=at_once), count))
+        yield Workload(f"chat, {at_once} at once", asks, lambda url, asks, n=at_once: closed_loop(url, asks, n))
+    for rate in (1, 8, 32):
+        asks = list(islice(chats(tokenizer, seed=100 + rate), 10 * min(rate, 16)))
+        yield Workload(f"chat, {rate} a second", asks, lambda url, asks, r=rate: open_loop(url, asks, r))
+    for length in (256, 2016, 8192):
+        asks = [Ask(after(tokenizer, length, seed=i), 8, ignore_eos=True) for i in range(3)]
+        yield Workload(f"prompt of {length}", asks, lambda url, asks: closed_loop(url, asks, 1))
+    shared = after(tokenizer, 960, seed=7)
+    asks = [Ask(shared + ask.input_ids, NEW_TOKENS) for ask in islice(chats(tokenizer, seed=8), 64)]
+    yield Workload("shared prefix, 8 at once", asks, lambda url, asks: closed_loop(url, asks, 8))
+    mixed = list(islice(chats(tokenizer, seed=9), 96))
+    mixed[::4] = [Ask(after(tokenizer, LONG, seed=100 + i), NEW_TOKENS) for i in range(len(mixed[::4]))]
+    yield Workload("mix with long prompts, 8 at once", mixed, lambda url, asks: closed_loop(url, asks, 8))
+
+
+def chats(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Ask]:
+    """Held-out questions, the tasks in turn."""
+    for example in examples(seed, held_out=True):
+        ids = tokenizer.apply_chat_template(
+            example.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        yield Ask(ids, NEW_TOKENS, right=example.answer)
+
+
+def after(tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> list[int]:
+    """The last `length` tokens of a long conversation, which ends with a question."""
+    ids: list[int] = []
+    messages: list[dict[str, str]] = []
+    source = examples(seed, held_out=True)
+    while len(ids) < length:
+        for example in islice(source, 8):
+            asked = [*messages, *example.messages]
+            messages = [*asked, {"role": "assistant", "content": example.answer}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return ids[-length:]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def summary(asks: list[Ask], replies: list[Reply]) -> dict[str, float]:
+    """Figures of one run; times in milliseconds."""
+    begin, end = min(r.sent for r in replies), max(r.events[-1][0] for r in replies)
+    firsts = sorted(r.first for r in replies)
+    gaps = sorted(gap for r in replies for gap in r.gaps) or [0.0]
+    judged = [(ask, reply) for ask, reply in zip(asks, replies, strict=True) if ask.right is not None]
+    figures = {
+        "tokens/s": sum(r.tokens for r in replies) / (end - begin),
+        "TTFT p50": 1e3 * quantile(firsts, 0.5),
+        "TTFT p99": 1e3 * quantile(firsts, 0.99),
+        "gap p50": 1e3 * quantile(gaps, 0.5),
+        "gap p99": 1e3 * quantile(gaps, 0.99),
+        "ms/token": 1e3 * median((r.events[-1][0] - r.sent) / r.tokens for r in replies),
+        "tokens": sum(r.tokens for r in replies),
+    }
+    if judged:
+        figures["right %"] = 100 * sum(r.text.strip() == a.right for a, r in judged) / len(judged)
+    if all("dllm_nfe" in r.meta for r in replies):
+        forwards = sum(r.meta["dllm_nfe"][0] for r in replies)
+        figures["TPF"], figures["NFE"] = figures["tokens"] / forwards, forwards
+    return figures
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Of sorted values, the one below which this share of them lies."""
+    return values[min(int(share * len(values)), len(values) - 1)]
+
+
+def show(name: str, sides: dict[str, list[dict[str, float]]]) -> None:
+    """A table of one workload: medians, with the spread of tokens/s and TTFT."""
+    print(f"\n{name}")
+    columns = list(next(iter(sides.values()))[0])
+    print(f"  {'':<14}" + "".join(f"{column:>22}" for column in columns))
+    for side, runs in sides.items():
+        cells = []
+        for column in columns:
+            values = sorted(run[column] for run in runs if column in run)
+            spread = f" ({values[0]:.1f}-{values[-1]:.1f})" if values and values[0] != values[-1] else ""
+            cells.append(f"{median(values):.1f}{spread}" if values else "")
+        print(f"  {side:<14}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
