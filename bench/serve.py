@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.load import Ask, Reply, closed_loop, open_loop
 from bench.records import ROOT, new_record
+from bench.timed_server import VARIABLE, totals
 from examples.tiny_llada2.tasks import examples
 from tests.host.serving import serving
 
@@ -56,19 +57,35 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, dict[str, list[dict[str, float]]]] = {w.name: {side: [] for side in args.sides} for w in chosen}
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        urls = {}
-        for side in args.sides:
-            env, flags = SIDES[side]
-            urls[side] = stack.enter_context(serving(CHECKPOINT, log / side, *flags, env=env)).url
+        servers = {side: Side(side, log, stack) for side in args.sides}
         for workload in chosen:
             for repeat in range(1 + args.repeats):  # the first one warms up
-                for side, url in urls.items():
-                    requests.post(url + "/flush_cache", timeout=60).raise_for_status()
-                    figures = summary(workload.asks, workload.send(url, workload.asks))
+                for side, server in servers.items():
+                    figures = server.run(workload)
                     if repeat:
                         results[workload.name][side].append(figures)
             show(workload.name, results[workload.name])
     print(json.dumps({**new_record(), "workloads": results}))
+
+
+class Side:
+    """A server of one side, which counts and times its forwards."""
+
+    def __init__(self, name: str, folder: Path, stack: ExitStack) -> None:
+        env, flags = SIDES[name]
+        file = folder / f"{name}.forwards"
+        self.forwards = totals(file, fresh=True)
+        env = {**env, VARIABLE: str(file)}
+        server = serving(CHECKPOINT, folder / name, *flags, env=env, module="bench.timed_server")
+        self.url = stack.enter_context(server).url
+
+    def run(self, workload: Workload) -> dict[str, float]:
+        """Figures of one run from an empty cache."""
+        requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()
+        before = self.forwards.copy()
+        replies = workload.send(self.url, workload.asks)
+        count, seconds = self.forwards - before
+        return summary(workload.asks, replies, int(count), float(seconds))
 
 
 # --- workloads --------------------------------------------------------------------------------------------------------
@@ -119,8 +136,8 @@ def after(tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> list[in
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def summary(asks: list[Ask], replies: list[Reply]) -> dict[str, float]:
-    """Figures of one run; times in milliseconds."""
+def summary(asks: list[Ask], replies: list[Reply], forwards: int, seconds: float) -> dict[str, float]:
+    """Figures of one run, in which so many forwards took so many seconds; times in milliseconds."""
     begin, end = min(r.sent for r in replies), max(r.events[-1][0] for r in replies)
     firsts = sorted(r.first for r in replies)
     gaps = sorted(gap for r in replies for gap in r.gaps) or [0.0]
@@ -133,12 +150,15 @@ def summary(asks: list[Ask], replies: list[Reply]) -> dict[str, float]:
         "gap p99": 1e3 * quantile(gaps, 0.99),
         "ms/token": 1e3 * median((r.events[-1][0] - r.sent) / r.tokens for r in replies),
         "tokens": sum(r.tokens for r in replies),
+        "forwards": forwards,
+        "in forward %": 100 * seconds / (end - begin),
+        "host ms/step": 1e3 * (end - begin - seconds) / forwards,
     }
     if judged:
         figures["right %"] = 100 * sum(r.text.strip() == a.right for a, r in judged) / len(judged)
     if all("dllm_nfe" in r.meta for r in replies):
-        forwards = sum(r.meta["dllm_nfe"][0] for r in replies)
-        figures["TPF"], figures["NFE"] = figures["tokens"] / forwards, forwards
+        nfe = sum(r.meta["dllm_nfe"][0] for r in replies)
+        figures["TPF"], figures["NFE"] = figures["tokens"] / nfe, nfe
     return figures
 
 
@@ -151,14 +171,14 @@ def show(name: str, sides: dict[str, list[dict[str, float]]]) -> None:
     """A table of one workload: medians, with the spread of tokens/s and TTFT."""
     print(f"\n{name}")
     columns = list(next(iter(sides.values()))[0])
-    print(f"  {'':<14}" + "".join(f"{column:>22}" for column in columns))
-    for side, runs in sides.items():
+    print(f"  {'':<14}" + "".join(f"{side:>28}" for side in sides))
+    for column in columns:
         cells = []
-        for column in columns:
+        for runs in sides.values():
             values = sorted(run[column] for run in runs if column in run)
             spread = f" ({values[0]:.1f}-{values[-1]:.1f})" if values and values[0] != values[-1] else ""
             cells.append(f"{median(values):.1f}{spread}" if values else "")
-        print(f"  {side:<14}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+        print(f"  {column:<14}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

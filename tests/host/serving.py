@@ -106,11 +106,11 @@ def free_port() -> int:
 
 
 def launch(
-    model: Path, log: Path, *args: str, env: dict[str, str] | None = None
+    model: Path, log: Path, *args: str, env: dict[str, str] | None = None, module: str = "sglang.launch_server"
 ) -> tuple[subprocess.Popen[bytes], str]:
     """Start the plain host command on a free port; returns the process and the server's address."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *args]
+    command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *args]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -124,9 +124,9 @@ def launch(
 
 
 @contextmanager
-def serving(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server that is ready; ended with Ctrl-C, after which none of its processes may be left."""
-    process, url = launch(model, log, *args, env=env)
+def serving(model: Path, log: Path, *args: str, **options: Any) -> Iterator[Server]:
+    """A server that is ready, as launch(); ended with Ctrl-C, after which none of its processes may be left."""
+    process, url = launch(model, log, *args, **options)
     try:
         yield ready(process, url, log)
         assert process.poll() is None, f"the server ended by itself:\n{tail(log)}"
