@@ -25,7 +25,7 @@ from bench.records import new_record
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import Scores, StepOut, Tokens
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, fresh, record, unpack
+from sglang_llada.decode.decide import fresh, numbers, record, unpack
 from sglang_llada.decode.select import best
 
 T, VOCABULARY = 32, 157_184
@@ -74,10 +74,11 @@ def main() -> None:
 def ours(name: str, ids: Tensor, logits: Tensor) -> tuple[Callable[[Scores], StepOut], Callable[[], Scores]]:
     """An algorithm's step on the rows, and what gives it its scores."""
     params = DecodeConfig.defaults(T, name, indel=True)
-    decided = EDITABLE if params.edits else FIXED
-    marks = [[OPEN if token == TOKENS.mask else decided for token in row] for row in ids.tolist()]
-    table = torch.tensor([record(row, fresh(T, TOKENS), params) for row in marks], device=ids.device)
-    block, state, numbers, _ = unpack(ids.flatten(), table, T, TOKENS)
+    holes = (1 << T) - (1 << T // 2)  # the second half, as in main()
+    editable = (1 << T // 2) - 1 if params.edits else 0
+    row = record(holes, editable, numbers(params), fresh(T, TOKENS))
+    table = torch.tensor([row] * len(ids), device=ids.device)
+    block, state, unpacked, _ = unpack(ids.flatten(), table, T, TOKENS)
     count, masked = (levenshtein.CANDIDATES, -1) if ALGORITHMS[name].indel else (1, TOKENS.mask)
 
     def choose() -> Scores:
@@ -85,7 +86,7 @@ def ours(name: str, ids: Tensor, logits: Tensor) -> tuple[Callable[[Scores], Ste
         token, prob = found.token.view(*ids.shape, -1), found.prob.view(*ids.shape, -1)
         return Scores(token[..., 0], prob[..., 0], token, prob)
 
-    return lambda scores: ALGORITHMS[name].step(block, scores, state, numbers), choose
+    return lambda scores: ALGORITHMS[name].step(block, scores, state, unpacked), choose
 
 
 def stocks(name: str, options: dict[str, Any], ids: Tensor, logits: Tensor) -> Callable[[], Any]:

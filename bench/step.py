@@ -22,7 +22,7 @@ from bench.records import ROOT, new_record
 from sglang_llada.blocks import Request, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
-from sglang_llada.decode.decide import fresh, idle
+from sglang_llada.decode.decide import fresh, idle, numbers
 from sglang_llada.host.executor import Executor
 
 T, MASK = 32, 2
@@ -102,6 +102,7 @@ def measure(rows: int) -> float:
             block_size=T,
             mask_id=MASK,
             fresh=fresh(T, Tokens(MASK)),
+            numbers=numbers(DecodeConfig.defaults(T)),
         )
         for i in range(rows)
     ]

@@ -14,9 +14,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from sglang_llada.blocks.request import Phase, Request
+from sglang_llada.blocks.request import Block, Phase, Request
 
 FILL_SHARE = 0.25
 
@@ -29,13 +29,13 @@ class RowKind(enum.Enum):
     SEAL = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One block of one request in a forward: positions [start, start + T)."""
 
     request: Request[Any]
     kind: RowKind
     start: int
+    block: Block | None = None  # the live one, of a DENOISE row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,17 @@ def next_step(requests: Iterable[Request[Any]], budget: int) -> Plan:
         if request.phase is Phase.FILLING:
             newcomers.append(request)
         elif request.phase is Phase.DECODING:
-            rows += [Row(request, RowKind.SEAL, start) for start in _unfilled(request, request.unfilled)]
-            rows += _live(request)
+            if unfilled := request.unfilled:
+                rows += [Row(request, RowKind.SEAL, start) for start in _unfilled(request, unfilled)]
+            for block in request.blocks:
+                rows.append(Row(request, RowKind.DENOISE, block.start, block))
     room = max(budget - len(rows), int(budget * FILL_SHARE), 1)
     for request in newcomers:
         count = min(room, request.unfilled)
         rows += [Row(request, RowKind.FILL, start) for start in _unfilled(request, count)]
         room -= count
         if room >= len(request.blocks) and count == request.unfilled and request.wants_decode:
-            rows += _live(request)
+            rows += [Row(request, RowKind.DENOISE, block.start, block) for block in request.blocks]
             room -= len(request.blocks)
         if room <= 0:
             break
@@ -84,10 +86,6 @@ def most_rows(running: int, budget: int, each: int = 2) -> int:
         each: SEAL and DENOISE rows that one of them may have: its window and live_blocks added up.
     """
     return max(budget, each * running + max(int(budget * FILL_SHARE), 1))
-
-
-def _live(request: Request[Any]) -> list[Row]:
-    return [Row(request, RowKind.DENOISE, block.start) for block in request.blocks]
 
 
 def _unfilled(request: Request[Any], count: int) -> range:

@@ -35,7 +35,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sglang_llada.errors import IntegrityError
 
@@ -61,24 +61,26 @@ class Ending(enum.Enum):
 
 @dataclass(slots=True)
 class Block:
-    """A live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's."""
+    """A live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's.
+
+    Sets of its positions are numbers, with bit i for position i, because every step asks about them.
+    """
 
     start: int
     given: int
     tokens: list[int]
-    open: list[bool]
+    open: int
     state: Sequence[int]  # what the decode carries from step to step; only kept here
     notes: list[Any]  # of each position what its tokens' decode says of it; only kept here
     steps: int = 0  # decode steps made on it, edits of a done block included
     done: bool = False  # only edits from now on
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(NamedTuple):
     """What a step made of a live block; `done`: no step follows but edits."""
 
     tokens: list[int]
-    open: list[bool]
+    open: int
     done: bool
     state: Sequence[int] = ()
     notes: list[Any] | None = None  # None: as they were
@@ -121,9 +123,11 @@ class Request(Generic[P]):
     block_size: int
     mask_id: int
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
+    numbers: Sequence[int] = ()  # what a step must be told of `params`; only carried here
     rules: Rules = Rules()
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
+    known: int = 0  # positions whose token is given or committed; written by _commit
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
     notes: list[Any] = field(default_factory=list)  # on each of them
     prompt_notes: dict[int, Any] = field(default_factory=dict)  # by position; only kept here
@@ -136,6 +140,7 @@ class Request(Generic[P]):
     notes_reported: int = 0
 
     def __post_init__(self) -> None:
+        self.known = len(self.prompt)
         self._open_block(len(self.prompt) // self.block_size * self.block_size)
 
     # --- moves, in the order of a request's life -------------------------------------------------------------------
@@ -167,7 +172,8 @@ class Request(Generic[P]):
         Raises:
             IntegrityError: the step changed a fixed position, decided nothing, or was one too many.
         """
-        self._expect("decide", Phase.DECODING)
+        if self.phase is not Phase.DECODING:
+            self._expect("decide", Phase.DECODING)
         same = [self._take(block, new) for block, new in zip(self.blocks, news, strict=True)]
         self.steps += 1
         if self.max_new_tokens == 0:
@@ -175,24 +181,28 @@ class Request(Generic[P]):
             return 0
         spent = self.steps == self.rules.max_nfe
         before, answer = len(self.output), self._answer(spent)
-        for i, token in enumerate(answer, 1):
-            if token in self.stop_ids or before + i == self.max_new_tokens:
-                self._commit(i)
-                self.end(Ending.STOP if token in self.stop_ids else Ending.LENGTH)
-                return i
+        if before + len(answer) >= self.max_new_tokens or not self.stop_ids.isdisjoint(answer):
+            for i, token in enumerate(answer, 1):
+                if token in self.stop_ids or before + i == self.max_new_tokens:
+                    self._commit(i)
+                    self.end(Ending.STOP if token in self.stop_ids else Ending.LENGTH)
+                    return i
         if spent:
             self._commit(len(answer))
             self.end(Ending.LENGTH)
             return len(answer)
-        leave = max(self._leading_done() - self.rules.window + 1, 0)
+        done = self._leading_done()
+        leave = max(done - self.rules.window + 1, 0)
         if self.rules.whole_blocks:
             answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)]
-        self._commit(len(answer))
+        if answer:
+            self._commit(len(answer))
         for unchanged in same[:leave]:
             if unchanged and self.filled == self.live_from:
                 self.filled += self.block_size
             self.steps_per_block.append(self.blocks.pop(0).steps)
-        self._open_next()
+        if len(self.blocks) - (done - leave) < self.rules.live_blocks:
+            self._open_next()
         return len(self.output) - before
 
     def retract(self) -> None:
@@ -225,17 +235,12 @@ class Request(Generic[P]):
         if self.phase is Phase.DONE:
             return []
         return [
-            None if block.open[i] else block.tokens[i]
+            None if block.open >> i & 1 else block.tokens[i]
             for block in self.blocks
             for i in range(max(self.known - block.start, 0), self.block_size)
         ]
 
     # --- queries ----------------------------------------------------------------------------------------------------
-
-    @property
-    def known(self) -> int:
-        """Positions whose token is given or committed."""
-        return len(self.prompt) + len(self.output)
 
     @property
     def steps_of_blocks(self) -> list[int]:
@@ -281,9 +286,13 @@ class Request(Generic[P]):
         ahead = len(self.blocks) - self._leading_done()
         facts = [
             (
-                all(b.start == first + i * T and len(b.tokens) == len(b.open) == T for i, b in enumerate(self.blocks)),
+                all(
+                    b.start == first + i * T and len(b.tokens) == T and 0 <= b.open < 1 << T
+                    for i, b in enumerate(self.blocks)
+                ),
                 "the live blocks are misshapen",
             ),
+            (self.known == len(self.prompt) + len(self.output), f"{self.known} known positions"),
             (first % T == 0 and self.filled % T == 0 and 0 <= self.filled <= first, f"filled {self.filled} of {first}"),
             (self.phase is not Phase.WAITING or self.filled == 0, "waiting, yet holds KV"),
             (
@@ -316,7 +325,12 @@ class Request(Generic[P]):
 
     def _leading_done(self) -> int:
         """How many of the live blocks are done before the first that is not."""
-        return next((i for i, block in enumerate(self.blocks) if not block.done), len(self.blocks))
+        count = 0
+        for block in self.blocks:
+            if not block.done:
+                break
+            count += 1
+        return count
 
     def _answer(self, spent: bool) -> list[int]:
         """What would follow the known tokens if nothing changed any more, up to the first open position.
@@ -324,69 +338,82 @@ class Request(Generic[P]):
         Where only whole blocks count, of the first blocks that are done; of all, if no further step is allowed.
         """
         out: list[int] = []
+        known, T = self.known, self.block_size
         for block in self.blocks:
             if self.rules.whole_blocks and not block.done and not spent:
                 break
-            for i in range(max(self.known - block.start, 0), self.block_size):
-                if block.open[i]:
-                    return out
-                out.append(block.tokens[i])
+            at = known - block.start if known > block.start else 0
+            holes = block.open >> at
+            if holes:
+                out += block.tokens[at : at + (holes & -holes).bit_length() - 1]  # up to its lowest bit
+                break
+            out += block.tokens[at:T]
         return out
 
     def _commit(self, count: int) -> None:
         """Take the next tokens and their notes from the live blocks."""
-        for at in range(self.known, self.known + count):
-            block = self.block_at(at)
-            self.output.append(block.tokens[at - block.start])
-            self.notes.append(block.notes[at - block.start])
+        for block in self.blocks:
+            at = self.known - block.start
+            tokens = block.tokens[at : at + count]
+            self.output += tokens
+            self.notes += block.notes[at : at + count]
+            self.known += len(tokens)
+            count -= len(tokens)
+            if not count:
+                return
 
     def _open_next(self) -> None:
         """Open the block after the live ones if it is time; see the module."""
         if not self.blocks:
             return self._open_block(self.known)
         last, T = self.blocks[-1], self.block_size
-        early = len(self.blocks) - self._leading_done() < self.rules.live_blocks
-        ready = last.done or sum(last.open) < self.rules.next_block_share * T
-        if not early or not ready or last.start + T >= len(self.prompt) + self.max_new_tokens:
+        ready = last.done or last.open.bit_count() < self.rules.next_block_share * T
+        if not ready or last.start + T >= len(self.prompt) + self.max_new_tokens:
             return None
-        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open[i])
+        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open >> i & 1)
         if self.stop_ids.isdisjoint(decided):
             self._open_block(last.start + T)
         return None
 
     def _open_block(self, start: int) -> None:
-        given = list(self.prompt[start:])
-        holes = self.block_size - len(given)
-        tokens, is_open = given + [self.mask_id] * holes, [False] * len(given) + [True] * holes
-        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, [None] * self.block_size))
+        given, T = list(self.prompt[start:]), self.block_size
+        holes = T - len(given)
+        is_open = (1 << T) - (1 << len(given))
+        tokens = given + [self.mask_id] * holes
+        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, [None] * T))
 
     def _take(self, block: Block, new: Decided) -> bool:
-        """A step's decisions for one block; whether they changed nothing."""
-        self._check_step(block, new)
-        same = new.tokens == block.tokens and new.open == block.open
-        block.tokens, block.open = new.tokens, new.open
-        block.notes = block.notes if new.notes is None else new.notes
+        """A step's decisions for one block; whether they changed nothing.
+
+        Raises:
+            IntegrityError: they are another block's, or break the rules. What a step may edit it answers for itself.
+        """
+        tokens, now, done, state, notes = new
+        rules, was, before = self.rules, block.open, block.tokens
+        fixed = block.given
+        if not rules.whole_blocks and self.known > block.start:
+            fixed = self.known - block.start
+        if tokens[:fixed] != before[:fixed] or now & ((1 << fixed) - 1):
+            raise IntegrityError(f"{self.rid}: a step changed a fixed position of the block at {block.start}")
+        if not rules.reopens:
+            if now & ~was:
+                raise IntegrityError(f"{self.rid}: a step opened a position of the block at {block.start}")
+            if was and now == was:
+                raise IntegrityError(f"{self.rid}: a step decided nothing in the block at {block.start}")
+        if now and (done or block.done):
+            raise IntegrityError(f"{self.rid}: the block at {block.start} is done with open positions")
+        block.tokens, block.open = tokens, now
+        if notes is not None:
+            block.notes = notes
         block.steps += 1
         if not block.done:
-            block.done = new.done
+            bound = self.block_size if rules.most_steps is None else rules.most_steps
+            if block.steps + (not done) > bound:
+                raise IntegrityError(f"{self.rid}: more than {bound} steps on the block at {block.start}")
+            block.done = done
             # What a decode counts, it counts until then: edits that come later are another matter.
-            block.state = self.fresh if new.done else new.state
-        return same
-
-    def _check_step(self, block: Block, new: Decided) -> None:
-        here, was, rules = f"the block at {block.start}", block.open, self.rules
-        changed = [i for i, (t, old) in enumerate(zip(new.tokens, block.tokens, strict=True)) if t != old]
-        kept = all(was[i] or (rules.edits and i >= block.given) for i in changed)
-        closed_only = all(before or not now for now, before in zip(new.open, was, strict=True))
-        if not kept or not (closed_only or (rules.reopens and not any(new.open[: block.given]))):
-            raise IntegrityError(f"{self.rid}: a step changed a fixed position of {here}")
-        if any(was) and sum(new.open) == sum(was) and not rules.reopens:
-            raise IntegrityError(f"{self.rid}: a step decided nothing in {here}")
-        if (new.done or block.done) and any(new.open):
-            raise IntegrityError(f"{self.rid}: {here} is done with open positions")
-        bound = self.block_size if rules.most_steps is None else rules.most_steps
-        if not block.done and block.steps + 1 + (not new.done) > bound:
-            raise IntegrityError(f"{self.rid}: more than {bound} steps on {here}")
+            block.state = self.fresh if done else state
+        return now == was and tokens == before
 
     def _expect(self, move: str, *phases: Phase) -> None:
         if self.phase not in phases:

@@ -30,16 +30,14 @@ class Table:
 
     def advance(self, plan: Plan) -> None:
         """Book a launched forward: its FILL and SEAL rows write final KV, and everybody in it has one more forward."""
-        fills: dict[str, int] = {}
+        last: Request[Any] | None = None
         for row in plan.rows:
-            rid = row.request.rid
-            fills.setdefault(rid, 0)
-            fills[rid] += row.kind is not RowKind.DENOISE
-        for rid, blocks in fills.items():
-            request = self._requests[rid]
-            request.forwards += 1
-            if blocks:
-                request.fill(blocks)
+            request = row.request
+            if request is not last:  # rows of one request stand together
+                request.forwards += 1
+                last = request
+            if row.kind is not RowKind.DENOISE:
+                request.fill(1)
 
     def drop(self, rid: str) -> None:
         """End a request from outside (abort, error) and drop it; unknown ids are fine, they never got here."""

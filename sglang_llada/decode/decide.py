@@ -1,9 +1,10 @@
 """The tensor part of a step, from hidden states to decisions: the same code eagerly and inside a CUDA graph.
 
 What a step must know of each row stands in one int64 table, so that one copy takes it to the device and a graph reads
-it in one place. A row's record is a mark per position (FIXED, OPEN or EDITABLE), its algorithm, its parameters and the
-state of its block; floats are kept as the bits of a float64. Rows that decide nothing (FILL, SEAL, padding) have the
-idle record. Every algorithm steps over all rows, and each row takes what its own says: no row waits for another's kind.
+it in one place. A row's record is the sets of its open and of its editable positions (bit i for position i), its
+algorithm, its parameters and the state of its block; floats are kept as the bits of a float64. Rows that decide nothing
+(FILL, SEAL, padding) have the idle record. Every algorithm steps over all rows, and each row takes what its own says:
+no row waits for another's kind.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepO
 from sglang_llada.decode.select import Exchange, Head, select
 from sglang_llada.decode.whole import Group, choose
 
-FIXED, OPEN, EDITABLE = range(3)
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
 
-# Of a record, after its T marks and before the memory of its block.
-STATE = ("step", "edits")
+# Of a record, before the memory of its block.
+MARKS = ("open", "editable")
 NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
-COLUMNS = ("algorithm", *STATE, *NUMBERS, *FLOATS)
+STATE = ("step", "edits")
+COLUMNS = (*MARKS, "algorithm", *NUMBERS, *FLOATS, *STATE)
 
 
 def fresh(block_size: int, tokens: Tokens) -> list[int]:
@@ -36,43 +37,49 @@ def fresh(block_size: int, tokens: Tokens) -> list[int]:
     return [0] * len(STATE) + [-1] * (levenshtein.memory_size(block_size) if tokens.indel else 0)
 
 
-def record(marks: Sequence[int], state: Sequence[int], params: DecodeConfig) -> list[int]:
+def numbers(params: DecodeConfig) -> tuple[int, ...]:
+    """What a record says of a request's parameters, the same for all of its rows."""
+    integers = (int(getattr(params, name)) for name in NUMBERS)
+    return (CODES[params.algorithm], *integers, *(bits(getattr(params, name)) for name in FLOATS))
+
+
+def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int]) -> list[int]:
     """The record of a DENOISE row."""
-    numbers = [int(getattr(params, name)) for name in NUMBERS]
-    floats = [bits(getattr(params, name)) for name in FLOATS]
-    known = len(STATE)
-    return [*marks, CODES[params.algorithm], *state[:known], *numbers, *floats, *state[known:]]
+    return [is_open, editable, *numbers, *state]
 
 
 def idle(block_size: int, tokens: Tokens) -> list[int]:
     """The record of a row that decides nothing."""
-    return record([FIXED] * block_size, fresh(block_size, tokens), DecodeConfig.defaults(block_size))
+    return record(0, 0, numbers(DecodeConfig.defaults(block_size)), fresh(block_size, tokens))
 
 
 def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple[BlockRows, State, Params, Tensor]:
     """A step's arguments and each row's algorithm [R]: ids [R * T] of the forward, table [R, width of a record]."""
-    T, known = block_size, block_size + len(COLUMNS)
-    marks, column = table[:, :T], dict(zip(COLUMNS, table[:, T:known].unbind(-1), strict=True))
+    known, positions = len(COLUMNS), torch.arange(block_size, device=table.device)
+    marks = (table[:, : len(MARKS), None] >> positions & 1).bool()
+    column = dict(zip(COLUMNS, table[:, :known].unbind(-1), strict=True))
     floats = {name: column[name].view(torch.float64).float() for name in FLOATS}
-    numbers = {name: column[name] for name in NUMBERS}
-    numbers["cumulative_budget"] = numbers["cumulative_budget"].bool()
+    integers = {name: column[name] for name in NUMBERS}
+    integers["cumulative_budget"] = integers["cumulative_budget"].bool()
     return (
-        BlockRows(ids=ids.view(-1, T), open=marks == OPEN, editable=marks == EDITABLE),
+        BlockRows(ids=ids.view(-1, block_size), open=marks[:, 0], editable=marks[:, 1]),
         State(**{name: column[name] for name in STATE}, memory=table[:, known:]),
-        Params(**numbers, **floats, tokens=tokens),
+        Params(**integers, **floats, tokens=tokens),
         column["algorithm"],
     )
 
 
 def pack(out: StepOut, *, trace: bool = False) -> Tensor:
-    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, then the state.
+    """All that the host reads of a step, int64 [R, T + 2 + len(fresh)]: ids, the open positions' set, done, the state.
 
     With `trace` [R, 3 T] more: written, origin, and prob as the bits of a float64.
     """
     assert out.state.memory is not None
-    numbers = torch.stack((out.done.long(), *(getattr(out.state, name) for name in STATE)), dim=-1)
+    positions = torch.arange(out.ids.shape[1], device=out.ids.device)
+    is_open = (out.open.long() << positions).sum(-1)
+    columns = torch.stack((is_open, out.done.long(), *(getattr(out.state, name) for name in STATE)), dim=-1)
     more = (out.written.long(), out.origin, out.prob.double().view(torch.int64)) if trace else ()
-    return torch.cat((out.ids, out.open.long(), numbers, out.state.memory, *more), dim=-1)
+    return torch.cat((out.ids, columns, out.state.memory, *more), dim=-1)
 
 
 def decide(

@@ -7,6 +7,7 @@ captured CUDA graph decides inside it (graphs.py), every other one right after i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +22,7 @@ from torch import Tensor
 from sglang_llada.blocks import Block, Decided, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import EDITABLE, FIXED, OPEN, decide, idle, number, pack, record
+from sglang_llada.decode.decide import decide, idle, number, pack, record
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of
@@ -119,20 +120,18 @@ class Executor:
             of_ranks: under DP attention, the rows of each of its ranks in this forward.
         """
         starts = [row.start for row in plan.rows]
-        ids, slot, start, table = self._to_device(plan, slots)
+        ids, slot, start, table, count = self._to_device(plan, slots)
         batch = self.forward_batch(ids, start, slot, starts, slots, of_ranks)
         batch.step_table = table  # for the graph runner
         output = self.runner.forward(batch)
-        denoise = plan.of(RowKind.DENOISE)
         asking = self._groups(plan)
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
-        if not denoise:
+        if count is None:
             decided = None
         elif output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
         else:
-            count = int(sum(sum(map(bool, marks(row.request, row.request.block_at(row.start)))) for row in denoise))
             decided = self.decide(hidden[: len(ids)], ids, table, count, groups)
         blocks, unmoved = ids.view(-1, self.block_size), self.offsets.expand(len(plan.rows), -1)
         after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
@@ -144,15 +143,22 @@ class Executor:
         reports = self._read_reports(launched)
         if launched.decided is None:
             return []
-        out = launched.decided
-        denoise = [i for i, row in enumerate(launched.plan.rows) if row.kind is RowKind.DENOISE]
-        trace = any(noted(launched.plan.rows[i].request) for i in denoise)
-        read = iter(pack(out, trace=trace).cpu()[denoise].tolist())
-        requests = {launched.plan.rows[i].request.rid: launched.plan.rows[i].request for i in denoise}
-        return [
-            self._decision(request, list(islice(read, len(request.blocks))), reports.get(request.rid, {}))
-            for request in requests.values()
-        ]
+        T, rows = self.block_size, launched.plan.rows
+        trace = any(noted(row.request) for row in rows)
+        decisions: list[Decision] = []
+        for (request, _, _, block), read in zip(rows, pack(launched.decided, trace=trace).tolist(), strict=False):
+            if block is None:
+                continue
+            if not decisions or decisions[-1].request is not request:
+                decisions.append(Decision(request, []))
+            end = T + 2 + len(request.fresh)
+            said = notes(block, read[end:], reports.get(request.rid, {})) if trace and noted(request) else None
+            decided = Decided(read[:T], read[T], bool(read[T + 1]), read[T + 2 : end], said)
+            if read[0] < 0:
+                decisions[-1].blocks = None
+            elif decisions[-1].blocks is not None:
+                decisions[-1].blocks.append(decided)
+        return decisions
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -170,44 +176,28 @@ class Executor:
                 found.setdefault(request.rid, {}).update(rows)
         return found
 
-    def _decision(
-        self, request: Request[DecodeConfig], rows: list[list[int]], reports: dict[int, list[float]]
-    ) -> Decision:
-        """From rows of pack(), one for each live block, and of its positions what they report."""
-        if any(row[0] < 0 for row in rows):
-            return Decision(request, None)
-        T = self.block_size
-        end = 2 * T + 1 + len(request.fresh)
-        return Decision(
-            request,
-            [
-                Decided(
-                    tokens=row[:T],
-                    open=[bool(is_open) for is_open in row[T : 2 * T]],
-                    done=bool(row[2 * T]),
-                    state=row[2 * T + 1 : end],
-                    notes=notes(block, row[end:], reports) if noted(request) else None,
-                )
-                for block, row in zip(request.blocks, rows, strict=True)
-            ],
-        )
+    def _to_device(self, plan: Plan, slots: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, int | None]:
+        """Tokens [R * T], req_to_token rows [R], starts [R] and records [R, columns], through one copy.
 
-    def _to_device(self, plan: Plan, slots: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [R * T], req_to_token rows [R], starts [R] and records [R, T + columns], through one copy."""
+        And how many positions may change; None if there are no DENOISE rows.
+        """
         flat: list[int] = []
-        for row, slot in zip(plan.rows, slots, strict=True):
-            request = row.request
-            flat += request.tokens_at(row.start)
-            flat += (slot, row.start)
-            if row.kind is RowKind.DENOISE:
-                block = request.block_at(row.start)
-                flat += record(marks(request, block), block.state, request.params)
-            else:
+        count: int | None = None
+        for (request, _, start, block), slot in zip(plan.rows, slots, strict=True):
+            if block is None:
+                flat += request.tokens_at(start)
+                flat += (slot, start)
                 flat += self.decide.idle
+            else:
+                flat += block.tokens
+                flat += (slot, start)
+                may_edit = editable(request, block)
+                count = (count or 0) + (block.open | may_edit).bit_count()
+                flat += record(block.open, may_edit, request.numbers, block.state)
         T = self.block_size
-        packed = torch.tensor(flat, dtype=torch.int64).view(-1, T + 2 + len(self.decide.idle))
+        packed = torch.frombuffer(array("q", flat), dtype=torch.int64).view(-1, T + 2 + len(self.decide.idle))
         rows = packed.to(self.device, non_blocking=True)
-        return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :]
+        return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :], count
 
     def _groups(self, plan: Plan) -> list[RequestGroup]:
         """Requests with more to them than their best tokens, in the order that a step needs."""
@@ -215,12 +205,12 @@ class Executor:
         asked: list[RequestGroup] = []
         for r, row in enumerate(plan.rows):
             request, params = row.request, row.request.params
+            if params.sampling is None and params.shaping is None and params.report is None:
+                continue
             if (prompt := self._prompt_group(r, row)) is not None:
                 asked.append(prompt)
             if row.kind is not RowKind.DENOISE or request.rid in found:
                 continue  # the rows of its other live blocks follow this one
-            if params.sampling is None and params.shaping is None and params.report is None:
-                continue
             positions = free_positions(request)
             how, noise = params.sampling, None
             if how is not None:
@@ -327,12 +317,13 @@ def notes(block: Block, trace: list[int], reports: dict[int, list[float]]) -> li
 
 def free_positions(request: Request[DecodeConfig]) -> list[int]:
     """Positions of its live blocks of which tokens may change."""
-    return [
-        block.start + i for block in request.blocks for i, mark in enumerate(marks(request, block)) if mark != FIXED
-    ]
+    T = request.block_size
+    sets = [(block.start, block.open | editable(request, block)) for block in request.blocks]
+    return [start + i for start, positions in sets for i in range(T) if positions >> i & 1]
 
 
-def marks(request: Request[DecodeConfig], block: Block) -> list[int]:
-    """What a step may do with each position of a live block."""
-    decided = EDITABLE if request.rules.edits and not (block.done and request.rules.reopens) else FIXED
-    return [FIXED if i < block.given else OPEN if is_open else decided for i, is_open in enumerate(block.open)]
+def editable(request: Request[DecodeConfig], block: Block) -> int:
+    """The set of positions of a live block that a step may edit."""
+    if not request.rules.edits or (block.done and request.rules.reopens):
+        return 0
+    return (1 << request.block_size) - (1 << block.given) & ~block.open

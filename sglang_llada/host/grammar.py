@@ -60,13 +60,14 @@ class Matcher:
 
 def conform(matcher: Matcher, block: Block, new: Decided, mask_id: int) -> Decided | None:
     """The decisions as far as the grammar accepts them, which from now on stands after them; None: not even one."""
-    tokens, is_open, accepted = list(new.tokens), list(new.open), 0
-    run = [i for i, (was, now) in enumerate(zip(block.open, new.open, strict=True)) if was and not now]
+    tokens, is_open, accepted = list(new.tokens), new.open, 0
+    run = [i for i in range(len(tokens)) if (block.open & ~new.open) >> i & 1]
     for i in run:
         if not matcher.allows(tokens[i]):
             break
         matcher.accept(tokens[i])
         accepted += 1
     for i in run[accepted:]:
-        tokens[i], is_open[i] = mask_id, True
-    return Decided(tokens, is_open, not any(is_open), new.state, new.notes) if accepted else None
+        tokens[i] = mask_id
+        is_open |= 1 << i
+    return Decided(tokens, is_open, is_open == 0, new.state, new.notes) if accepted else None

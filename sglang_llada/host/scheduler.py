@@ -37,7 +37,7 @@ from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Ending, Phase, Plan, Request, Rules, Table, next_step
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.decide import fresh
+from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
@@ -311,6 +311,7 @@ class LladaScheduler(Scheduler):
             stop_ids=stop_ids(req),
             params=params,
             fresh=self.fresh,
+            numbers=numbers(params),
             rules=Rules(
                 edits=params.edits,
                 reopens=params.reopens,

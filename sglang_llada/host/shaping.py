@@ -91,7 +91,7 @@ class Shaping:
             (block.start + i, block.tokens[i])
             for block in request.blocks
             for i in range(max(request.known - block.start, 0), request.block_size)
-            if not block.open[i]
+            if not block.open >> i & 1
         ]
         standing = dict(live)
         used = torch.tensor([*request.output, *standing.values()], dtype=torch.int64, device=logits.device)

@@ -13,6 +13,7 @@ from sglang_llada.errors import ConfigError
 
 MODEL_TYPE = "llada2_moe"
 ARCHITECTURE = "LLaDA2MoeModelLM"
+MOST_POSITIONS = 63  # of a block: sets of them are numbers of 64 bits
 
 
 class Llada2Config(PretrainedConfig):
@@ -128,7 +129,7 @@ def check(config: Llada2Config) -> None:
             f"num_key_value_heads {c.num_key_value_heads}",
         ),
         (c.rotary_dim % 2 == 0, f"rotary dimension {c.rotary_dim} (head_dim x partial_rotary_factor) is odd"),
-        (c.block_size >= 1, f"block_size is {c.block_size}; at least 1 is needed"),
+        (1 <= c.block_size <= MOST_POSITIONS, f"block_size is {c.block_size}; allowed: 1 to {MOST_POSITIONS}"),
         (
             0 <= c.first_k_dense_replace <= c.num_hidden_layers,
             f"first_k_dense_replace {c.first_k_dense_replace} is outside 0 to num_hidden_layers {c.num_hidden_layers}",

@@ -29,9 +29,7 @@ def step(table: Table, budget: int = 100) -> None:
     plan = next_step(table.running(), budget)
     table.advance(plan)
     for request in {row.request.rid: row.request for row in plan.of(DENOISE)}.values():
-        request.decide(
-            [Decided([7 if t == MASK else t for t in block.tokens], [False] * T, True) for block in request.blocks]
-        )
+        request.decide([Decided([7 if t == MASK else t for t in block.tokens], 0, True) for block in request.blocks])
 
 
 def test_a_long_prompt_and_its_first_decode_step_are_one_forward() -> None:
@@ -115,7 +113,7 @@ def test_live_blocks_are_rows_of_one_forward_behind_the_seals_of_those_that_left
     assert rows(table) == [("a", DENOISE, 0), ("a", DENOISE, 4)]
     step(table)
     assert rows(table) == [("a", DENOISE, 4), ("a", DENOISE, 8)], "its last step had not changed the block that left"
-    table["a"].decide([Decided([6] * T, [False] * T, True), Decided([7] * T, [False] * T, True)])
+    table["a"].decide([Decided([6] * T, 0, True), Decided([7] * T, 0, True)])
     assert rows(table) == [("a", SEAL, 4), ("a", DENOISE, 8), ("a", DENOISE, 12)]
 
 

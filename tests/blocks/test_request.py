@@ -9,6 +9,7 @@ import pytest
 
 from sglang_llada.blocks import Decided, Ending, Phase, Request, Rules, Table
 from sglang_llada.errors import IntegrityError
+from tests.sets import set_of
 
 T, MASK, EOS = 4, 0, 1
 
@@ -22,13 +23,15 @@ def make(
 def decide(request: Request[None], *tokens: int) -> int:
     """Decide the whole live block, given positions kept, the open ones as `tokens` says."""
     (block,) = request.blocks
-    given = [t for t, o in zip(block.tokens, block.open, strict=True) if not o]
-    return request.decide([Decided(given + list(tokens), [False] * T, True)])
+    given = block.tokens[: T - block.open.bit_count()]
+    return request.decide([Decided(given + list(tokens), 0, True)])
 
 
 def see(request: Request[None], *blocks: list[int], done: int = 0) -> int:
     """A step after which the live blocks read like this, open where masked; the first `done` of them are done."""
-    return request.decide([Decided(tokens, [t == MASK for t in tokens], i < done) for i, tokens in enumerate(blocks)])
+    return request.decide(
+        [Decided(tokens, set_of(t == MASK for t in tokens), i < done) for i, tokens in enumerate(blocks)]
+    )
 
 
 def in_phase(phase: Phase, **rules: Any) -> Request[None]:
@@ -71,7 +74,7 @@ def test_every_move_from_every_phase(phase: Phase, move: str) -> None:
 def test_the_prompts_tail_is_the_given_part_of_the_first_block() -> None:
     request = make(prompt=6)
     (block,) = request.blocks
-    assert (block.start, block.tokens, block.open) == (4, [7, 7, MASK, MASK], [False, False, True, True])
+    assert (block.start, block.tokens, block.open) == (4, [7, 7, MASK, MASK], 0b1100)
 
 
 @pytest.mark.parametrize(("prompt", "start"), [(0, 0), (3, 0), (4, 4), (5, 4), (8, 8)])
@@ -125,7 +128,7 @@ def test_a_request_for_no_token_ends_when_it_is_filled() -> None:
 
 def test_a_literal_mask_in_the_prompt_is_given() -> None:
     request = Request("r", [7, MASK], 5, frozenset(), None, T, MASK)
-    assert request.blocks[0].open == [False, False, True, True]
+    assert request.blocks[0].open == 0b1100
     request.admit(0)
     decide(request, 8, 9)
     assert request.output == [8, 9]
@@ -134,16 +137,14 @@ def test_a_literal_mask_in_the_prompt_is_given() -> None:
 @pytest.mark.parametrize(
     ("tokens", "still_open", "why"),
     [
-        ([7, 7, MASK, MASK], [False, False, True, True], "decided nothing"),
-        ([7, 6, 8, 9], [False] * 4, "changed a fixed position"),
-        ([7, 7, 8, 9], [True, False, False, False], "changed a fixed position"),
+        ([7, 7, MASK, MASK], 0b1100, "decided nothing"),
+        ([7, 6, 8, 9], 0, "changed a fixed position"),
+        ([7, 7, 8, 9], 0b0001, "changed a fixed position"),
     ],
 )
-def test_a_step_must_decide_something_and_nothing_that_is_fixed(
-    tokens: list[int], still_open: list[bool], why: str
-) -> None:
+def test_a_step_must_decide_something_and_nothing_that_is_fixed(tokens: list[int], still_open: int, why: str) -> None:
     with pytest.raises(IntegrityError, match=why):
-        in_phase(Phase.DECODING).decide([Decided(tokens, still_open, not any(still_open))])
+        in_phase(Phase.DECODING).decide([Decided(tokens, still_open, not still_open)])
 
 
 def test_retraction_keeps_the_live_blocks_decisions() -> None:
@@ -237,10 +238,8 @@ def test_an_edit_of_an_older_block_may_take_the_stop_away_or_bring_it() -> None:
 
 def test_the_state_of_a_done_block_is_fresh() -> None:
     request = windowed(window=3)
-    request.decide([Decided([7, 7, 8, 9], [False] * T, True, state=[5])])
-    request.decide(
-        [Decided([7, 7, 8, 8], [False] * T, False, state=[6]), Decided([1, 1, 1, 1], [False] * T, False, [3])]
-    )
+    request.decide([Decided([7, 7, 8, 9], 0, True, state=[5])])
+    request.decide([Decided([7, 7, 8, 8], 0, False, state=[6]), Decided([1, 1, 1, 1], 0, False, [3])])
     assert [(block.steps, block.state) for block in request.blocks] == [(2, ()), (1, [3])]
 
 
@@ -260,9 +259,7 @@ def test_a_later_block_that_is_done_waits_for_the_earlier_one() -> None:
     request = make(prompt=4, live_blocks=2, next_block_share=1.0)
     request.admit(4)
     see(request, [MASK, MASK, MASK, 9])
-    request.decide(
-        [Decided([MASK, MASK, 8, 9], [True, True, False, False], False), Decided([5] * T, [False] * T, True)]
-    )
+    request.decide([Decided([MASK, MASK, 8, 9], 0b0011, False), Decided([5] * T, 0, True)])
     assert len(request.blocks) == 2 and request.output == []
     assert see(request, [8, 8, 8, 9], [5] * T, done=1) == 8
     assert (request.live_from, request.filled) == (12, 4), "both are to be sealed"

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from sglang_llada.blocks import Decided, Ending, Phase, Request, RowKind, Rules, Table, most_rows, next_step
+from tests.sets import set_of
 
 T, MASK, EOS, VOCAB = 4, 0, 1, 12
 STEPS = 9  # of a block where tokens may be edited
@@ -50,8 +51,8 @@ def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
         right = [
             token if i < block.given else answer(request.rid, block.start + i) for i, token in enumerate(block.tokens)
         ]
-        holes = [i for i, is_open in enumerate(block.open) if is_open]
-        tokens, still_open = list(block.tokens), list(block.open)
+        holes = [i for i in range(T) if block.open >> i & 1]
+        tokens, still_open = list(block.tokens), [i in holes for i in range(T)]
         last = not block.done and request.rules.edits and block.steps + 2 >= STEPS
         fixed = block.done and (request.rules.reopens or not request.rules.edits)
         for i in holes if last else rng.sample(holes, rng.randint(min(1, len(holes)), len(holes))):
@@ -60,12 +61,12 @@ def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
                 tokens[i] = rng.randrange(VOCAB)
         if request.rules.edits and not fixed:
             for i in range(block.given, T):
-                if not block.open[i] and (last or block.done or rng.random() < 0.5):
+                if i not in holes and (last or block.done or rng.random() < 0.5):
                     tokens[i] = right[i]
-                elif not block.open[i] and request.rules.reopens and rng.random() < 0.1:
+                elif i not in holes and request.rules.reopens and rng.random() < 0.1:
                     tokens[i], still_open[i] = MASK, True
         settled = not request.rules.edits or (tokens == right and rng.random() < 0.5)
-        out.append(Decided(tokens, still_open, block.done or (not any(still_open) and (settled or last))))
+        out.append(Decided(tokens, set_of(still_open), block.done or (not any(still_open) and (settled or last))))
     return out
 
 

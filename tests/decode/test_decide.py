@@ -11,8 +11,9 @@ import torch
 from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.decide import CODES, EDITABLE, FIXED, OPEN, decide, fresh, idle, number, pack, record, unpack
+from sglang_llada.decode.decide import CODES, decide, fresh, idle, number, numbers, pack, record, unpack
 from sglang_llada.decode.select import Head, best, select
+from tests.sets import set_of
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
 PLAIN, INDEL = Tokens(MASK), Tokens(MASK, delete=11, split=12)
@@ -39,10 +40,11 @@ def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int
     for _ in range(count):
         params = params_of(rng.choice(names), tokens)
         params = replace(params, threshold=rng.choice([0.05, 0.3, 0.95]), steps=rng.randint(1, T))
-        marks = [rng.choice([FIXED, OPEN, EDITABLE if params.edits else FIXED]) for _ in range(T)]
+        is_open = rng.randrange(1 << T)
+        editable = rng.randrange(1 << T) & ~is_open if params.edits else 0
         made = rng.randint(0, T - 1)
         state = [made, rng.randint(0, made), *fresh(T, tokens)[2:]]
-        rows.append(record(marks, state, params) if rng.random() < 0.7 else idle(T, tokens))
+        rows.append(record(is_open, editable, numbers(params), state) if rng.random() < 0.7 else idle(T, tokens))
     return rows
 
 
@@ -50,13 +52,14 @@ def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int
 def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     params = replace(DecodeConfig.defaults(T, "joint_threshold"), threshold=0.123456789, steps=4)
     params = replace(params, cumulative_budget=True)
-    marks = [OPEN, FIXED, OPEN, EDITABLE, FIXED, OPEN]
+    is_open, editable = [True, False, True, False, False, True], [False, False, False, True, False, False]
     memory = list(range(levenshtein.memory_size(T))) if tokens.indel else []
-    table = torch.tensor([record(marks, [3, 2, *memory], params), idle(T, tokens)])
+    mine = record(set_of(is_open), set_of(editable), numbers(params), [3, 2, *memory])
+    table = torch.tensor([mine, idle(T, tokens)])
     block, state, given, algorithm = unpack(torch.arange(2 * T), table, T, tokens)
     assert block.ids.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
-    assert block.open.tolist() == [[mark == OPEN for mark in marks], [False] * T]
-    assert block.editable.tolist() == [[mark == EDITABLE for mark in marks], [False] * T]
+    assert block.open.tolist() == [is_open, [False] * T]
+    assert block.editable.tolist() == [editable, [False] * T]
     assert (state.step.tolist(), state.edits.tolist()) == ([3, 0], [2, 0])
     assert state.memory is not None and state.memory.tolist() == [memory, [-1] * len(memory)]
     assert [list(ALGORITHMS)[code] for code in algorithm.tolist()] == ["joint_threshold", "threshold"]
@@ -67,7 +70,7 @@ def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     assert given.threshold[0] == torch.tensor(0.123456789)
     prob = torch.full((2, T), 0.25)
     out = StepOut(block.ids, block.open, state, torch.tensor([True, False]), block.open, prob, block.ids)
-    short = [*range(6), 1, 0, 1, 0, 0, 1, 1, 3, 2, *memory]
+    short = [*range(6), 0b100101, 1, 3, 2, *memory]
     assert pack(out)[0].tolist() == short
     row = pack(out, trace=True)[0].tolist()
     assert row[: len(short) + 2 * T] == [*short, 1, 0, 1, 0, 0, 1, *range(6)]
@@ -125,7 +128,7 @@ def test_hidden_states_of_other_rows_do_not_matter(tokens: Tokens) -> None:
 def test_a_row_whose_logits_are_not_finite_says_so(bad: float, tokens: Tokens) -> None:
     torch.manual_seed(2)
     names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
-    rows = [record([OPEN] * T, fresh(T, tokens), params_of(name, tokens)) for name in names]
+    rows = [record(2**T - 1, 0, numbers(params_of(name, tokens)), fresh(T, tokens)) for name in names]
     hidden = torch.rand(len(rows) * T, WIDTH)
     hidden[T + 2] = bad
     head = Head(torch.rand(V, WIDTH))

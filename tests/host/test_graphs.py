@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_llada.blocks import Request, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import decide, fresh, idle
+from sglang_llada.decode.decide import decide, fresh, idle, numbers
 from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.executor import Executor
@@ -184,6 +184,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
             block_size=T,
             mask_id=9,
             fresh=fresh(T, Tokens(9)),
+            numbers=numbers(DecodeConfig.defaults(T)),
         )
         for n in (1, 9)
     ]

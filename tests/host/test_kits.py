@@ -39,7 +39,6 @@ BEYOND = {
     "test_streaming_response": "Paris",
     "test_openai_completion": "any word about France",
     "test_max_token_one": "any word about France",
-    "test_long_prompt": "any word about France",
     "test_finish_length": "five words of a story",
     "test_finish_stop_str": "a line of a story",
     "test_finish_stop_regex_str": "an 'and' of a story",
@@ -89,7 +88,9 @@ class TestDecode(BasicDecodeCorrectnessMixin, Kit):
 
 @within_reach
 class TestStress(BasicSchedulerStressMixin, Kit):
-    pass
+    test_long_prompt = unittest.skip("30,000 tokens here, before it asks for a word about France")(
+        BasicSchedulerStressMixin.test_long_prompt
+    )
 
 
 @within_reach
@@ -144,7 +145,7 @@ RUNNING, SPECIAL = 8, 8  # requests at once; the first token ids, which end answ
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     bias = {str(token): -100 for token in [*range(SPECIAL), *range(396, 400)]}
     flags = ["--max-running-requests", str(RUNNING), "--preferred-sampling-params", json.dumps({"logit_bias": bias})]
-    env = {"SGLANG_REQ_WAITING_TIMEOUT": "2", "SGLANG_REQ_RUNNING_TIMEOUT": "12"}
+    env = {"SGLANG_REQ_WAITING_TIMEOUT": "2", "SGLANG_REQ_RUNNING_TIMEOUT": "8"}
     with serving(TINY, tmp_path_factory.mktemp("impatient") / "log", *flags, env=env) as running:
         yield running
 
@@ -156,7 +157,7 @@ class ImpatientKit(Kit):
 
 
 class TestPauses(PauseResumeInPlaceMixin, ImpatientKit):
-    pause_num_requests, pause_max_new_tokens = RUNNING, 250
+    pause_num_requests, pause_max_new_tokens, pause_duration = RUNNING, 250, 2.0
 
     def tearDown(self) -> None:
         requests.post(self.base_url + "/continue_generation", json={}, timeout=20)

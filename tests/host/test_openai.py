@@ -162,3 +162,14 @@ def test_required_tools_are_called(client: openai.OpenAI, compact: dict[str, int
         assert json.loads(arguments) == json.loads(call.function.arguments)
     free = chat(client, "What is 1 + 1?", tools=TOOLS, tool_choice="auto", max_tokens=40)
     assert text_of(free) == text_of(chat(client, "What is 1 + 1?", tools=TOOLS, tool_choice="none", max_tokens=40))
+
+
+def test_salted_prompts_share_nothing(client: openai.OpenAI) -> None:
+    prompt = [75] * 100
+
+    def cached(**extra: str) -> int:
+        usage = complete(client, prompt, max_tokens=1, extra_body=extra).usage
+        return usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+
+    assert [cached(cache_salt="a"), cached(cache_salt="a"), cached(cache_salt="b")] == [0, 96, 0]
+    assert [cached(extra_key="c"), cached(extra_key="c"), cached()] == [0, 96, 0]
