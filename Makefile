@@ -10,7 +10,7 @@ BIN := .venv/bin
 # Newer than pyproject.toml exactly when .venv holds what it asks for.
 STAMP := .venv/.installed
 
-.PHONY: venv serve test lint clean
+.PHONY: venv serve test lint bench clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,10 @@ lint: venv
 
 test: lint
 	$(BIN)/python -m pytest
+
+# About ten minutes; each prints a table and, as its last line, a record for `python -m bench.compare`.
+bench: venv
+	for name in step decode_steps serve roofline; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -125,7 +125,7 @@ def measure(rows: int) -> float:
     steps = (BLOCKS - 1) * T
     begin = time.perf_counter()
     for _ in range(steps):
-        plan = next_step(table.running(), 2 * rows)
+        plan = next_step(table, 2 * rows)
         launched = executor.launch(plan, [slots[row.request.rid] for row in plan.rows])
         table.advance(plan)
         for decision in executor.read(launched):

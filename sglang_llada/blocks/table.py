@@ -58,10 +58,6 @@ class Table:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def running(self) -> list[Request[Any]]:
-        """Those that hold KV, oldest admission first."""
-        return [r for r in self if r.phase in (Phase.FILLING, Phase.DECODING)]
-
     def check_integrity(self, held: dict[str, int]) -> None:
         """Compare with what the pools say is held.
 

@@ -186,7 +186,7 @@ class LladaScheduler(Scheduler):
     def _plan(self) -> Plan:
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
-            plan = next_step(self.table.running(), self.row_budget)
+            plan = next_step(self.table, self.row_budget)
             reach = {row.request.rid: row.start + self.facts.block_size for row in plan.rows}
             if all([self._ensure_pages(self.reqs[rid], end) for rid, end in reach.items()]):
                 return plan

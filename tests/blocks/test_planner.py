@@ -21,12 +21,12 @@ def admitted(
 
 
 def rows(table: Table, budget: int = 100) -> list[tuple[str, RowKind, int]]:
-    return [(row.request.rid, row.kind, row.start) for row in next_step(table.running(), budget).rows]
+    return [(row.request.rid, row.kind, row.start) for row in next_step(table, budget).rows]
 
 
 def step(table: Table, budget: int = 100) -> None:
     """Run a plan that decides every block whole."""
-    plan = next_step(table.running(), budget)
+    plan = next_step(table, budget)
     table.advance(plan)
     for request in {row.request.rid: row.request for row in plan.of(DENOISE)}.values():
         request.decide([Decided([7 if t == MASK else t for t in block.tokens], 0, True) for block in request.blocks])

@@ -70,6 +70,11 @@ def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
     return out
 
 
+def running(table: Table) -> list[Request[None]]:
+    """Requests that hold KV, oldest admission first."""
+    return [request for request in table if request.phase in (Phase.FILLING, Phase.DECODING)]
+
+
 class Pool:
     """Pages of T positions, held by request id; the fake of the host's pools."""
 
@@ -116,18 +121,18 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
                 table.drop(request.rid)
                 pool.free(request.rid)
                 waiting = [rid for rid in waiting if rid != request.rid]
-        while waiting and len(table.running()) < slots:
+        while waiting and len(running(table)) < slots:
             request = table[waiting[0]]
             if not pool.grow(request.rid, request.live_to):
                 pool.free(request.rid)
                 break
             table.readmit(waiting.pop(0), cached=rng.randrange(request.live_from // T + 1) * T)
         while True:  # plan; retract the youngest until the rest has its pages
-            plan = next_step(table.running(), budget)
-            assert len(plan.rows) <= most_rows(len(table.running()), budget, EACH)
+            plan = next_step(table, budget)
+            assert len(plan.rows) <= most_rows(len(running(table)), budget, EACH)
             if all([pool.grow(row.request.rid, row.start + T) for row in plan.rows]):
                 break
-            victim = table.running()[-1]
+            victim = running(table)[-1]
             victim.retract()
             pool.free(victim.rid)
             waiting.insert(0, victim.rid)
