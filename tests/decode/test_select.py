@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def test_no_positions_give_no_scores() -> None:
 @pytest.mark.slow
 def test_memory_of_a_step_is_a_chunk_of_logits_and_not_the_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
     """1,024 open positions of the published vocabulary and hidden size, in a process of their own each."""
-    whole, chunked = (peak_of(how) for how in ("whole", "chunked"))
+    with ThreadPoolExecutor(2) as pool:
+        whole, chunked = pool.map(peak_of, ("whole", "chunked"))
     bound = 1024 * selection.VOCAB_CHUNK * 4
     with capsys.disabled():
         print(

@@ -169,4 +169,4 @@ class TestWaiting(WaitingTimeoutMixin, ImpatientKit):
 
 class TestRunning(RunningTimeoutTwoWaveMixin, ImpatientKit):
     running_timeout_num_wave1 = running_timeout_num_wave2 = RUNNING // 2
-    running_timeout_max_new_tokens = 30_000
+    running_timeout_max_new_tokens, running_timeout_sleep = 30_000, 1.0

@@ -48,7 +48,7 @@ def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[C
     """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests."""
     model, facts = load_reference(CHECKPOINT), read_facts(CHECKPOINT)
     assert facts.indel and model.config.expert_capacity is not None
-    prompts = [case.prompt[-60:] for case in cases[:6]]
+    prompts = [case.prompt[-60:] for case in cases[:4]]
     asked = [each for way in WAYS for each in ask(model, facts, way, prompts)]
     sampled = ask_sampled(model, facts, [*prompts, *babble(64 - len(prompts))])
     with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
