@@ -145,7 +145,7 @@ RUNNING, SPECIAL = 8, 8  # requests at once; the first token ids, which end answ
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     bias = {str(token): -100 for token in [*range(SPECIAL), *range(396, 400)]}
     flags = ["--max-running-requests", str(RUNNING), "--preferred-sampling-params", json.dumps({"logit_bias": bias})]
-    env = {"SGLANG_REQ_WAITING_TIMEOUT": "2", "SGLANG_REQ_RUNNING_TIMEOUT": "8"}
+    env = {"SGLANG_REQ_WAITING_TIMEOUT": "1", "SGLANG_REQ_RUNNING_TIMEOUT": "10"}
     with serving(TINY, tmp_path_factory.mktemp("impatient") / "log", *flags, env=env) as running:
         yield running
 
@@ -157,14 +157,14 @@ class ImpatientKit(Kit):
 
 
 class TestPauses(PauseResumeInPlaceMixin, ImpatientKit):
-    pause_num_requests, pause_max_new_tokens, pause_duration = RUNNING, 250, 2.0
+    pause_num_requests, pause_max_new_tokens, pause_duration = RUNNING, 150, 2.0
 
     def tearDown(self) -> None:
         requests.post(self.base_url + "/continue_generation", json={}, timeout=20)
 
 
 class TestWaiting(WaitingTimeoutMixin, ImpatientKit):
-    waiting_timeout_num_requests, waiting_timeout_max_new_tokens = RUNNING + 1, 250
+    waiting_timeout_num_requests, waiting_timeout_max_new_tokens = RUNNING + 1, 200
 
 
 class TestRunning(RunningTimeoutTwoWaveMixin, ImpatientKit):
