@@ -106,8 +106,8 @@ PUBLISHED = [  # what, model, device, tensor parallel, requests, tokens per forw
 ]
 
 
-def forward(model: Model, device: Device, tp: int, rows: int, context: float, *, whole: bool) -> dict[str, float]:
-    """Seconds of the parts of a forward of so many rows, each with so much context."""
+def forward(model: Model, device: Device, tp: int, rows: float, context: float, *, whole: bool) -> dict[str, float]:
+    """Seconds of the parts of a forward of so many rows (on average), each with so much context."""
     tokens, H = rows * T, model.hidden
     sparse = model.layers - 1
     attention = model.layers * H * model.head * (2 * model.heads + 2 * model.kv_heads)
@@ -140,7 +140,7 @@ def step(
 ) -> dict[str, float]:
     """Seconds of an average decode step with host time; `per_block` steps decide a block, and seals ride with one."""
     rows = requests * (1 if engine.seals else 1 + 1 / per_block)
-    parts = forward(model, device, tp, rows, context, whole=engine.whole_logits)  # type: ignore[arg-type]
+    parts = forward(model, device, tp, rows, context, whole=engine.whole_logits)
     parts["host"] = engine.host + engine.host_row * requests
     if engine.row_seconds:
         parts["loop over rows"] = engine.row_seconds * requests

@@ -127,7 +127,8 @@ class Request(Generic[P]):
     rules: Rules = Rules()
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
-    known: int = 0  # positions whose token is given or committed; written by _commit
+    # Positions whose token is given or committed: written by _commit beside `output`, as every step asks several times.
+    known: int = 0
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
     notes: list[Any] = field(default_factory=list)  # on each of them
     prompt_notes: dict[int, Any] = field(default_factory=dict)  # by position; only kept here
@@ -172,8 +173,7 @@ class Request(Generic[P]):
         Raises:
             IntegrityError: the step changed a fixed position, decided nothing, or was one too many.
         """
-        if self.phase is not Phase.DECODING:
-            self._expect("decide", Phase.DECODING)
+        self._expect("decide", Phase.DECODING)
         same = [self._take(block, new) for block, new in zip(self.blocks, news, strict=True)]
         self.steps += 1
         if self.max_new_tokens == 0:

@@ -1,7 +1,8 @@
 """What users send and the host would drop, or stumble over, is refused with a sentence, and the server goes on.
 
 Hooks of the host's functions around its HTTP side, Engine and weight updates. Whatever a generate request asks for
-beyond that is decided in host/admission.py.
+beyond that is decided in host/admission.py. Requests and weights of other models pass here too: what is refused of
+theirs would have failed anyway.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def refuse_dropped(why: str | None, serving: Any, request: Any) -> str | None:
 
 def check_sampling(request: Any) -> None:
     """Refuse sampling parameters of a kind that the host does not look at before it uses them.
+
+    Its HTTP server looks at most of them as it parses; its Engine takes any dictionary.
 
     Raises:
         ValueError: one of them is unknown, or not what its annotation says, or a stop_regex is none.

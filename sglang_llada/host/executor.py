@@ -191,7 +191,7 @@ class Executor:
             else:
                 flat += block.tokens
                 flat += (slot, start)
-                may_edit = editable(request, block) if request.rules.edits else 0
+                may_edit = editable(request, block)
                 count = (count or 0) + (block.open | may_edit).bit_count()
                 flat += record(block.open, may_edit, request.numbers, block.state)
         T = self.block_size

@@ -92,6 +92,8 @@ def test_graphs_change_nothing(server: Server, cases: list[Case], tmp_path: Path
     with serving(TINY, tmp_path / "log", *args, env={"SGLANG_LLADA_REPLAY": "1"}) as graphs:
         replayed = disturbed(graphs, cases, "graphs replayed, random order, aborts")
         counted = {mode: graphs.metric("sglang:cuda_graph_passes_total", mode=mode) for mode in GRAPH_MODES}
+        ours = [graphs.metric("sglang:llada_steps_total", how=how) for how in ("replayed", "eager")]
+        assert ours == list(counted.values()) and graphs.metric("sglang:llada_rows_total", how="replayed") > 0
         logged = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", graphs.log.read_text())
     eager = disturbed(server, cases, "the same without graphs")
     assert [answer["output_ids"] for answer in replayed] == [answer["output_ids"] for answer in eager]
