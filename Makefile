@@ -33,7 +33,12 @@ test: lint
 
 # About ten minutes; each prints a table and, as its last line, a record for `python -m bench.compare`.
 bench: venv
-	for name in step decode_steps serve roofline; do $(BIN)/python -m bench.$$name || exit 1; done
+	$(BIN)/python -m bench.step
+	$(BIN)/python -m bench.decode_steps
+	$(BIN)/python -m bench.select --positions 16 128 --repeats 3
+	$(BIN)/python -m bench.prefill --most 'ours=8192' 'like for like=2016' 'as it comes=2016'
+	$(BIN)/python -m bench.serve --repeats 2 --only chat prompt shared mix
+	$(BIN)/python -m bench.roofline
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

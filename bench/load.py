@@ -15,12 +15,16 @@ import aiohttp
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request, and the text that would be right; None where nobody knows."""
+    """A request, and the text that would be right; None where nobody knows.
+
+    custom_params say how it is decoded, to a server of ours; None as the server does by itself.
+    """
 
     input_ids: list[int]
     max_new_tokens: int
     ignore_eos: bool = False
     right: str | None = None
+    custom_params: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -30,13 +34,14 @@ class Reply:
     Attributes:
         sent: when the request was.
         events: when tokens came, and how many there were then.
-        meta: the last event's meta_info.
+        meta: the last event's meta_info. token_ids: the last event's.
     """
 
     sent: float
     events: list[tuple[float, int]] = field(default_factory=list)
     text: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -87,14 +92,19 @@ async def _open(url: str, asks: Sequence[Ask], per_second: float, seed: int) -> 
 
 def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=600),
+        timeout=aiohttp.ClientTimeout(total=3600),  # what a host without fast attention may take for one long prompt
         connector=aiohttp.TCPConnector(limit=0),
         read_bufsize=1 << 24,  # an event is a line, and the last ones of long answers are long
     )
 
 
 async def _send(session: aiohttp.ClientSession, url: str, ask: Ask) -> Reply:
-    sampling = {"temperature": 0, "max_new_tokens": ask.max_new_tokens, "ignore_eos": ask.ignore_eos}
+    sampling = {
+        "temperature": 0,
+        "max_new_tokens": ask.max_new_tokens,
+        "ignore_eos": ask.ignore_eos,
+        "custom_params": ask.custom_params,
+    }
     body = {"input_ids": ask.input_ids, "stream": True, "sampling_params": sampling}
     reply = Reply(time.perf_counter())
     async with session.post(url + "/generate", json=body) as response:
@@ -106,7 +116,7 @@ async def _send(session: aiohttp.ClientSession, url: str, ask: Ask) -> Reply:
             event = json.loads(line[6:])
             if "error" in event:
                 raise RuntimeError(str(event["error"]))
-            reply.text, reply.meta = event["text"], event["meta_info"]
+            reply.text, reply.meta, reply.token_ids = event["text"], event["meta_info"], event["output_ids"]
             if reply.meta["completion_tokens"] > reply.tokens:  # a prompt that is being read sends empty events
                 reply.events.append((now, reply.meta["completion_tokens"]))
     return reply

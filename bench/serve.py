@@ -3,7 +3,8 @@
 Three servers with the small checkpoint stand beside each other: ours; the host's scheduler and model on our platform's
 attention and expert kernels ("like for like"); and the host's on its own torch_native attention ("as it comes"). Each
 workload runs on them in turn, several times, each time from an empty prefix cache. Tables of medians and spreads over
-the runs, then one JSON record.
+the runs, then one JSON record. "extra MiB" is the peak of the scheduler's process over what it held when its server
+was ready.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,9 +24,11 @@ import requests
 from transformers import PreTrainedTokenizerFast
 
 from bench.load import Ask, Reply, closed_loop, open_loop
+from bench.memory import MIB, forget_peak, peak, resident, scheduler_of
 from bench.records import ROOT, new_record
 from bench.timed_server import VARIABLE, totals
 from examples.tiny_llada2.tasks import examples
+from tests.host.conftest import decoded
 from tests.host.serving import serving
 
 CHECKPOINT = ROOT / "examples" / "tiny-llada2"
@@ -39,11 +43,15 @@ LONG = 1500  # tokens of the long prompts that arrive into running decodes
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests, and how they are sent: to a server at this address, from an empty cache."""
+    """Requests, and how they are sent: to a server at this address, from an empty cache.
+
+    patient: whether the host takes minutes for it on its own attention, which is then left out.
+    """
 
     name: str
     asks: list[Ask]
     send: Callable[[str, list[Ask]], list[Reply]]
+    patient: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,40 +60,63 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[], help="workloads whose names begin so; all of them otherwise")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--reference", action="store_true", help="hold our answers against the reference decode's")
     args = parser.parse_args(argv)
     chosen = [w for w in workloads() if not args.only or w.name.startswith(tuple(args.only))]
     results: dict[str, dict[str, list[dict[str, float]]]] = {w.name: {side: [] for side in args.sides} for w in chosen}
+    compared: dict[str, dict[str, int]] = {}
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = {side: Side(side, log, stack) for side in args.sides}
+        started = {side: server.started for side, server in servers.items()}
+        print("seconds from the command to readiness:", ", ".join(f"{side} {s:.1f}" for side, s in started.items()))
         for workload in chosen:
             for repeat in range(1 + args.repeats):  # the first one warms up
                 for side, server in servers.items():
+                    if workload.patient and side == "as it comes":
+                        continue
                     figures = server.run(workload)
                     if repeat:
                         results[workload.name][side].append(figures)
             show(workload.name, results[workload.name])
-    print(json.dumps({**new_record(), "workloads": results}))
+            if args.reference:
+                compared[workload.name] = against_reference(workload.asks, servers["ours"].replies)
+                print("  the reference's tokens and steps:", compared[workload.name], flush=True)
+    print(json.dumps({**new_record(), "started": started, "workloads": results, "reference": compared}))
 
 
 class Side:
-    """A server of one side, which counts and times its forwards."""
+    """A server of one side, which counts and times its forwards.
 
-    def __init__(self, name: str, folder: Path, stack: ExitStack) -> None:
+    Attributes:
+        scheduler: the process that runs the model.
+        started: seconds from the command to readiness.
+        idle: bytes that the scheduler held then.
+        replies: those of the last run.
+    """
+
+    def __init__(self, name: str, folder: Path, stack: ExitStack, *more_flags: str) -> None:
         env, flags = SIDES[name]
         file = folder / f"{name}.forwards"
         self.forwards = totals(file, fresh=True)
         env = {**env, VARIABLE: str(file)}
-        server = serving(CHECKPOINT, folder / name, *flags, env=env, module="bench.timed_server")
-        self.url = stack.enter_context(server).url
+        starting = serving(CHECKPOINT, folder / name, *flags, *more_flags, env=env, module="bench.timed_server")
+        begin = time.perf_counter()
+        server = stack.enter_context(starting)
+        self.started = time.perf_counter() - begin
+        self.url, self.scheduler = server.url, scheduler_of(server.process)
+        self.idle = resident(self.scheduler)
+        self.replies: list[Reply] = []
 
     def run(self, workload: Workload) -> dict[str, float]:
         """Figures of one run from an empty cache."""
         requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()
+        forget_peak(self.scheduler)
         before = self.forwards.copy()
-        replies = workload.send(self.url, workload.asks)
-        count, seconds = self.forwards - before
-        return summary(workload.asks, replies, int(count), float(seconds))
+        self.replies = workload.send(self.url, workload.asks)
+        forwards, rows, seconds = (float(each) for each in self.forwards - before)
+        extra = (peak(self.scheduler) - self.idle) / MIB
+        return {**summary(workload.asks, self.replies, forwards, rows, seconds), "extra MiB": extra}
 
 
 # --- workloads --------------------------------------------------------------------------------------------------------
@@ -97,18 +128,18 @@ def workloads() -> Iterator[Workload]:
     for at_once, count in ((1, 40), (8, 160), (32, 320)):
         asks = list(islice(chats(tokenizer, seed=at_once), count))
         yield Workload(f"chat, {at_once} at once", asks, lambda url, asks, n=at_once: closed_loop(url, asks, n))
-    for rate in (1, 8, 32):
-        asks = list(islice(chats(tokenizer, seed=100 + rate), 10 * min(rate, 16)))
+    for rate, count in ((1, 8), (8, 64), (32, 160)):
+        asks = list(islice(chats(tokenizer, seed=100 + rate), count))
         yield Workload(f"chat, {rate} a second", asks, lambda url, asks, r=rate: open_loop(url, asks, r))
-    for length in (256, 2016, 8192):
+    for length in (256, 2016):
         asks = [Ask(after(tokenizer, length, seed=i), 8, ignore_eos=True) for i in range(3)]
         yield Workload(f"prompt of {length}", asks, lambda url, asks: closed_loop(url, asks, 1))
     shared = after(tokenizer, 960, seed=7)
     asks = [Ask(shared + ask.input_ids, NEW_TOKENS) for ask in islice(chats(tokenizer, seed=8), 64)]
-    yield Workload("shared prefix, 8 at once", asks, lambda url, asks: closed_loop(url, asks, 8))
+    yield Workload("shared prefix, 8 at once", asks, lambda url, asks: closed_loop(url, asks, 8), patient=True)
     mixed = list(islice(chats(tokenizer, seed=9), 96))
     mixed[::4] = [Ask(after(tokenizer, LONG, seed=100 + i), NEW_TOKENS) for i in range(len(mixed[::4]))]
-    yield Workload("mix with long prompts, 8 at once", mixed, lambda url, asks: closed_loop(url, asks, 8))
+    yield Workload("mix with long prompts, 8 at once", mixed, lambda url, asks: closed_loop(url, asks, 8), patient=True)
 
 
 def chats(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Ask]:
@@ -136,8 +167,8 @@ def after(tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> list[in
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def summary(asks: list[Ask], replies: list[Reply], forwards: int, seconds: float) -> dict[str, float]:
-    """Figures of one run, in which so many forwards took so many seconds; times in milliseconds."""
+def summary(asks: list[Ask], replies: list[Reply], forwards: float, rows: float, seconds: float) -> dict[str, float]:
+    """Figures of one run, in which forwards of so many rows took so many seconds; times in milliseconds."""
     begin, end = min(r.sent for r in replies), max(r.events[-1][0] for r in replies)
     firsts = sorted(r.first for r in replies)
     gaps = sorted(gap for r in replies for gap in r.gaps) or [0.0]
@@ -151,6 +182,7 @@ def summary(asks: list[Ask], replies: list[Reply], forwards: int, seconds: float
         "ms/token": 1e3 * median((r.events[-1][0] - r.sent) / r.tokens for r in replies),
         "tokens": sum(r.tokens for r in replies),
         "forwards": forwards,
+        "rows/forward": rows / forwards,
         "in forward %": 100 * seconds / (end - begin),
         "host ms/step": 1e3 * (end - begin - seconds) / forwards,
     }
@@ -162,6 +194,18 @@ def summary(asks: list[Ask], replies: list[Reply], forwards: int, seconds: float
     return figures
 
 
+def against_reference(asks: list[Ask], replies: list[Reply]) -> dict[str, int]:
+    """How many replies have the reference decode's tokens in as many steps; asks are alike but for their prompts."""
+    like = asks[0]
+    prompts = [ask.input_ids for ask in asks]
+    cases = decoded(prompts, like.max_new_tokens, CHECKPOINT, ignore_eos=like.ignore_eos)
+    found = dict.fromkeys(("exact", "set apart", "wrong"), 0)
+    for case, reply in zip(cases, replies, strict=True):
+        same = (reply.token_ids, reply.meta["dllm_steps"]) == (case.want.token_ids, [case.want.forwards])
+        found["exact" if same else "set apart" if case.close_call else "wrong"] += 1
+    return found
+
+
 def quantile(values: list[float], share: float) -> float:
     """Of sorted values, the one below which this share of them lies."""
     return values[min(int(share * len(values)), len(values) - 1)]
@@ -170,6 +214,7 @@ def quantile(values: list[float], share: float) -> float:
 def show(name: str, sides: dict[str, list[dict[str, float]]]) -> None:
     """A table of one workload: medians, with the spread of tokens/s and TTFT."""
     print(f"\n{name}")
+    sides = {side: runs for side, runs in sides.items() if runs}
     columns = list(next(iter(sides.values()))[0])
     print(f"  {'':<14}" + "".join(f"{side:>28}" for side in sides))
     for column in columns:

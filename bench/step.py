@@ -1,12 +1,14 @@
 """Host time of a step between forwards, with a model and a decode that cost nothing: `python -m bench.step`.
 
-What stands between one step's outcome and the next launch: reading it, committing, planning, building the batch. One
-line per number of rows, then one JSON record.
+What stands between one step's outcome and the next launch: the scheduler reads it, commits, plans and builds the batch.
+Booking (streams, stop strings, the radix tree) is not part of it: a device works meanwhile. One line per number of
+rows, then one JSON record.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from statistics import median
@@ -19,11 +21,12 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import prepare_server_args
 
 from bench.records import ROOT, new_record
-from sglang_llada.blocks import Request, Table, next_step
+from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import fresh, idle, numbers
 from sglang_llada.host.executor import Executor
+from sglang_llada.host.scheduler import LladaScheduler
 
 T, MASK = 32, 2
 ROWS = (1, 8, 32, 128)
@@ -37,22 +40,15 @@ class NoDecider:
     idle = idle(T, Tokens(MASK))
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=400))
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self) -> None:
         self.step = 0
-        self.outs = [outcome(2 * rows, decided) for decided in range(1, T + 1)]  # rows, and seals beside them
+        self.outs: dict[int, list[StepOut]] = {}  # by number of rows: requests, and seals beside them
 
-    def __call__(self, hidden: Any, ids: Any, table: torch.Tensor, count: int, groups: Any = ()) -> StepOut:
-        out, rows = self.outs[self.step % T], len(table)
+    def __call__(self, hidden: Any, ids: Any, table: torch.Tensor, count: int, **_: Any) -> StepOut:
+        if len(table) not in self.outs:
+            self.outs[len(table)] = [outcome(len(table), decided) for decided in range(1, T + 1)]
         self.step += 1
-        return StepOut(
-            ids=out.ids[:rows],
-            open=out.open[:rows],
-            done=out.done[:rows],
-            state=State(out.state.step[:rows], out.state.edits[:rows], out.state.memory[:rows]),
-            written=out.written[:rows],
-            origin=out.origin[:rows],
-            prob=out.prob[:rows],
-        )
+        return self.outs[len(table)][(self.step - 1) % T]
 
 
 def outcome(rows: int, decided: int) -> StepOut:
@@ -80,6 +76,7 @@ def main() -> None:
     server_args = prepare_server_args(["--model-path", str(ROOT / "examples" / "tiny-llada2")])
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     out: dict[str, Any] = {**new_record(), "milliseconds": {}}
+    gc.freeze()  # as the scheduler does
     for rows in ROWS:
         samples = [measure(rows) for _ in range(args.repeats + 1)][1:]
         out["milliseconds"][rows] = samples
@@ -90,47 +87,67 @@ def main() -> None:
     print(json.dumps(out))
 
 
+@torch.inference_mode()
 def measure(rows: int) -> float:
     """Milliseconds per step over the blocks of that many requests."""
-    requests = [
-        Request(
+    scheduler = scheduler_with(rows)
+    steps = (BLOCKS - 1) * T
+    begin = time.perf_counter()
+    for _ in range(steps):
+        scheduler._read()
+        scheduler._end_aborted()
+        scheduler._launch()
+        scheduler.unbooked.clear()
+    return 1e3 * (time.perf_counter() - begin) / steps
+
+
+def scheduler_with(rows: int) -> LladaScheduler:
+    """A scheduler that runs so many requests and has nothing around it."""
+    scheduler = idle_scheduler(rows)
+    for i in range(rows):
+        params = DecodeConfig.defaults(T)
+        request = Request(
             rid=str(i),
             prompt=[70] * T,
             max_new_tokens=BLOCKS * T,
             stop_ids=frozenset({1}),
-            params=DecodeConfig.defaults(T),
+            params=params,
             block_size=T,
             mask_id=MASK,
             fresh=fresh(T, Tokens(MASK)),
-            numbers=numbers(DecodeConfig.defaults(T)),
+            numbers=numbers(params),
+            slot=i,
+            room=(BLOCKS + 1) * T,
         )
-        for i in range(rows)
-    ]
-    table = Table()
-    for request in requests:
-        table.add(request)
-        table.readmit(request.rid, T)
-    pages = torch.arange(rows * (BLOCKS + 2) * T, dtype=torch.int32).view(rows, -1)
+        scheduler.table.add(request)
+        scheduler.table.readmit(request.rid, T)
+        scheduler.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
+    scheduler.running_batch.reqs = list(scheduler.reqs.values())
+    return scheduler
+
+
+def idle_scheduler(rows: int) -> LladaScheduler:
+    """The scheduler without the host around it, on a runner whose forward gives back its input."""
     runner = SimpleNamespace(
         device="cpu",
         model=NoDecider.model,
-        req_to_token_pool=SimpleNamespace(req_to_token=pages),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(rows * (BLOCKS + 2) * T).view(rows, -1).int()),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=lambda batch: SimpleNamespace(
             logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False
         ),
     )
-    executor = Executor(runner, NoDecider(rows))
-    slots = {request.rid: i for i, request in enumerate(requests)}
-    steps = (BLOCKS - 1) * T
-    begin = time.perf_counter()
-    for _ in range(steps):
-        plan = next_step(table, 2 * rows)
-        launched = executor.launch(plan, [slots[row.request.rid] for row in plan.rows])
-        table.advance(plan)
-        for decision in executor.read(launched):
-            decision.request.decide(decision.blocks)
-    return 1e3 * (time.perf_counter() - begin) / steps
+    scheduler: LladaScheduler = object.__new__(LladaScheduler)
+    scheduler.executor = Executor(runner, NoDecider())  # type: ignore[arg-type]
+    scheduler.facts = SimpleNamespace(block_size=T)
+    scheduler.table, scheduler.reqs, scheduler.unbooked, scheduler.in_flight = Table(), {}, [], None
+    scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
+    scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
+    scheduler.running_batch = SimpleNamespace(reqs=[])
+    scheduler.metrics_reporter = SimpleNamespace(record_scheduler_active=lambda at: None)
+    scheduler.profiler_manager = SimpleNamespace(_profile_batch_predicate=lambda batch: None)
+    scheduler.new_token_ratio_tracker = SimpleNamespace(decay_step=lambda: None)
+    return scheduler
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The host's server with its forwards counted and timed: `python -m bench.timed_server FLAGS`, as sglang.launch_server.
 
-The file that BENCH_FORWARDS names holds two numbers, float64: forwards so far, and the seconds spent in them. The
-processes that the server spawns import this module too, which is how the hook gets into the scheduler's.
+The file that BENCH_FORWARDS names holds three numbers, float64: forwards so far, their rows, and the seconds spent in
+them. The host's forwards end with logits, so the head counts as part of a forward on our side too, where it is run
+afterwards for the positions that matter. The processes that the server spawns import this module too, which is how the
+hooks get into the scheduler's.
 """
 
 from __future__ import annotations
@@ -18,24 +20,34 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 VARIABLE = "BENCH_FORWARDS"
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+HEAD = "sglang_llada.decode.select.select"
 
 
 def totals(file: Path, *, fresh: bool = False) -> np.memmap[Any, np.dtype[np.float64]]:
-    """The two numbers, shared with whoever else opens the file."""
-    return np.memmap(file, np.float64, "w+" if fresh else "r+", shape=(2,))
+    """The three numbers, shared with whoever else opens the file."""
+    return np.memmap(file, np.float64, "w+" if fresh else "r+", shape=(3,))
 
 
-def timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def timed_forward(forward: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a forward."""
     begin = time.perf_counter()
-    out = forward(*args, **kwargs)
-    TOTALS[:] += 1, time.perf_counter() - begin
+    out = forward(runner, batch, *args, **kwargs)
+    TOTALS[:] += 1, batch.batch_size, time.perf_counter() - begin
+    return out
+
+
+def timed_head(select: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around a selection, which runs the head."""
+    begin = time.perf_counter()
+    out = select(*args, **kwargs)
+    TOTALS[2] += time.perf_counter() - begin
     return out
 
 
 if VARIABLE in os.environ:
     TOTALS = totals(Path(os.environ[VARIABLE]))
-    HookRegistry.register(FORWARD, timed, HookType.AROUND)
+    HookRegistry.register(FORWARD, timed_forward, HookType.AROUND)
+    HookRegistry.register(HEAD, timed_head, HookType.AROUND)
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -229,6 +229,17 @@ class DecodeConfig:
         return self.algorithm == "levenshtein"
 
     @property
+    def noted(self) -> bool:
+        """Whether something is kept on each token beside its id."""
+        return self.trace or self.report is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its best tokens are all that anybody wants of a step."""
+        more = (self.sampling, self.shaping, self.report)
+        return more == (None, None, None) and not self.trace and self.stream_mode == "committed"
+
+    @property
     def most_steps(self) -> int:
         """The bound on a block's steps that the algorithm's docstring proves."""
         if self.algorithm == RUN:

@@ -62,8 +62,8 @@ def next_step(requests: Iterable[Request[Any]], budget: int) -> Plan:
         if request.phase is Phase.FILLING:
             newcomers.append(request)
         elif request.phase is Phase.DECODING:
-            if unfilled := request.unfilled:
-                rows += [Row(request, RowKind.SEAL, start) for start in _unfilled(request, unfilled)]
+            if request.filled != request.blocks[0].start:
+                rows += [Row(request, RowKind.SEAL, start) for start in _unfilled(request, request.unfilled)]
             for block in request.blocks:
                 rows.append(Row(request, RowKind.DENOISE, block.start, block))
     room = max(budget - len(rows), int(budget * FILL_SHARE), 1)

@@ -71,7 +71,7 @@ class Block:
     tokens: list[int]
     open: int
     state: Sequence[int]  # what the decode carries from step to step; only kept here
-    notes: list[Any]  # of each position what its tokens' decode says of it; only kept here
+    notes: list[Any]  # of each position what the decode says of its token; only kept here, empty where not `noted`
     steps: int = 0  # decode steps made on it, edits of a done block included
     done: bool = False  # only edits from now on
 
@@ -124,13 +124,17 @@ class Request(Generic[P]):
     mask_id: int
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only carried here
+    plain: bool = True  # whether a step need not look at `params`; only carried here
+    noted: bool = False  # whether notes are kept on its tokens
+    slot: int = -1  # where the host keeps its KV; written by the scheduler, only carried here
+    room: int = 0  # positions that have a place for KV there; the same
     rules: Rules = Rules()
     phase: Phase = Phase.WAITING
     ending: Ending | None = None  # written by end() and decide()
     # Positions whose token is given or committed: written by _commit beside `output`, as every step asks several times.
     known: int = 0
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
-    notes: list[Any] = field(default_factory=list)  # on each of them
+    notes: list[Any] = field(default_factory=list)  # on each of them, where `noted`
     prompt_notes: dict[int, Any] = field(default_factory=dict)  # by position; only kept here
     filled: int = 0  # positions with final KV, a multiple of the block size; written by admit, fill, retract
     blocks: list[Block] = field(default_factory=list)  # the live ones, in order of position
@@ -173,13 +177,17 @@ class Request(Generic[P]):
         Raises:
             IntegrityError: the step changed a fixed position, decided nothing, or was one too many.
         """
-        self._expect("decide", Phase.DECODING)
-        same = [self._take(block, new) for block, new in zip(self.blocks, news, strict=True)]
+        if self.phase is not Phase.DECODING:
+            self._expect("decide", Phase.DECODING)
+        if len(news) != len(self.blocks):
+            raise IntegrityError(f"{self.rid}: decisions for {len(news)} blocks, of which {len(self.blocks)} are live")
+        rules = self.rules
+        same = list(map(self._take, self.blocks, news))
         self.steps += 1
         if self.max_new_tokens == 0:
             self.end(Ending.LENGTH)
             return 0
-        spent = self.steps == self.rules.max_nfe
+        spent = self.steps == rules.max_nfe
         before, answer = len(self.output), self._answer(spent)
         if before + len(answer) >= self.max_new_tokens or not self.stop_ids.isdisjoint(answer):
             for i, token in enumerate(answer, 1):
@@ -191,19 +199,19 @@ class Request(Generic[P]):
             self._commit(len(answer))
             self.end(Ending.LENGTH)
             return len(answer)
-        done = self._leading_done()
-        leave = max(done - self.rules.window + 1, 0)
-        if self.rules.whole_blocks:
-            answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)]
+        done = self._leading_done() if self.blocks[0].done else 0
+        leave = max(done - rules.window + 1, 0) if done else 0
+        if rules.whole_blocks:
+            answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)] if leave else []
         if answer:
             self._commit(len(answer))
         for unchanged in same[:leave]:
             if unchanged and self.filled == self.live_from:
                 self.filled += self.block_size
             self.steps_per_block.append(self.blocks.pop(0).steps)
-        if len(self.blocks) - (done - leave) < self.rules.live_blocks:
+        if len(self.blocks) - (done - leave) < rules.live_blocks:
             self._open_next()
-        return len(self.output) - before
+        return len(answer)
 
     def retract(self) -> None:
         """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
@@ -266,6 +274,14 @@ class Request(Generic[P]):
     def wants_decode(self) -> bool:
         """Whether its live block runs at all: a request for 0 tokens mostly only fills."""
         return self.max_new_tokens > 0 or self.rules.reads_prompt
+
+    def common_prefix(self, other: Request[Any]) -> int:
+        """Positions of whole blocks that the prompts of both begin with."""
+        at, T, mine, theirs = 0, self.block_size, self.prompt, other.prompt
+        upto = min(len(mine), len(theirs)) - T
+        while at <= upto and mine[at : at + T] == theirs[at : at + T]:
+            at += T
+        return at
 
     def block_at(self, position: int) -> Block:
         """The live block that holds the position."""
@@ -356,11 +372,13 @@ class Request(Generic[P]):
             at = self.known - block.start
             tokens = block.tokens[at : at + count]
             self.output += tokens
-            self.notes += block.notes[at : at + count]
-            self.known += len(tokens)
-            count -= len(tokens)
-            if not count:
+            if self.noted:
+                self.notes += block.notes[at : at + count]
+            taken = len(tokens)
+            self.known += taken
+            if taken == count:
                 return
+            count -= taken
 
     def _open_next(self) -> None:
         """Open the block after the live ones if it is time; see the module."""
@@ -380,7 +398,8 @@ class Request(Generic[P]):
         holes = T - len(given)
         is_open = (1 << T) - (1 << len(given))
         tokens = given + [self.mask_id] * holes
-        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, [None] * T))
+        notes = [None] * T if self.noted else []
+        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, notes))
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing.

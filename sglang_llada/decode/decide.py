@@ -1,16 +1,17 @@
 """The tensor part of a step, from hidden states to decisions: the same code eagerly and inside a CUDA graph.
 
 What a step must know of each row stands in one int64 table, so that one copy takes it to the device and a graph reads
-it in one place. A row's record is the sets of its open and of its editable positions (bit i for position i), its
-algorithm, its parameters and the state of its block; floats are kept as the bits of a float64. Rows that decide nothing
-(FILL, SEAL, padding) have the idle record. Every algorithm steps over all rows, and each row takes what its own says:
-no row waits for another's kind.
+it in one place. A row's record is the sets of its open positions and of those that may be edited once they are decided
+(bit i for position i), its algorithm, its parameters and the state of its block; floats are kept as the bits of a
+float64. Rows that decide nothing
+(FILL, SEAL, padding) have the idle record. Every algorithm that a row asks for steps over all rows, and each row takes
+what its own says: no row waits for another's kind.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,8 @@ NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
 STATE = ("step", "edits")
 COLUMNS = (*MARKS, "algorithm", *NUMBERS, *FLOATS, *STATE)
+OPEN_COLUMN, EDITABLE_COLUMN, ALGORITHM_COLUMN = map(COLUMNS.index, ("open", "editable", "algorithm"))
+STATE_COLUMN = COLUMNS.index(STATE[0])  # here it begins
 
 
 def fresh(block_size: int, tokens: Tokens) -> list[int]:
@@ -44,7 +47,7 @@ def numbers(params: DecodeConfig) -> tuple[int, ...]:
 
 
 def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int]) -> list[int]:
-    """The record of a DENOISE row."""
+    """The record of a DENOISE row; a position that is in both sets is open."""
     return [is_open, editable, *numbers, *state]
 
 
@@ -62,7 +65,7 @@ def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple
     integers = {name: column[name] for name in NUMBERS}
     integers["cumulative_budget"] = integers["cumulative_budget"].bool()
     return (
-        BlockRows(ids=ids.view(-1, block_size), open=marks[:, 0], editable=marks[:, 1]),
+        BlockRows(ids=ids.view(-1, block_size), open=marks[:, 0], editable=marks[:, 1] & ~marks[:, 0]),
         State(**{name: column[name] for name in STATE}, memory=table[:, known:]),
         Params(**integers, **floats, tokens=tokens),
         column["algorithm"],
@@ -70,16 +73,15 @@ def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple
 
 
 def pack(out: StepOut, *, trace: bool = False) -> Tensor:
-    """All that the host reads of a step, int64 [R, T + 2 + len(fresh)]: ids, the open positions' set, done, the state.
+    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, the state.
 
     With `trace` [R, 3 T] more: written, origin, and prob as the bits of a float64.
     """
     assert out.state.memory is not None
-    positions = torch.arange(out.ids.shape[1], device=out.ids.device)
-    is_open = (out.open.long() << positions).sum(-1)
-    columns = torch.stack((is_open, out.done.long(), *(getattr(out.state, name) for name in STATE)), dim=-1)
+    flags = torch.cat((out.open, out.done[:, None]), dim=-1).long()
+    counts = [getattr(out.state, name)[:, None] for name in STATE]
     more = (out.written.long(), out.origin, out.prob.double().view(torch.int64)) if trace else ()
-    return torch.cat((out.ids, columns, out.state.memory, *more), dim=-1)
+    return torch.cat((out.ids, flags, *counts, out.state.memory, *more), dim=-1)
 
 
 def decide(
@@ -93,6 +95,7 @@ def decide(
     tokens: Tokens,
     exchange: Exchange | None = None,
     groups: Sequence[Group] = (),
+    codes: Collection[int] = tuple(CODES.values()),
 ) -> StepOut:
     """Decisions for all rows of a forward.
 
@@ -104,6 +107,7 @@ def decide(
         head, exchange: as for select.
         block_size, tokens: T, and the checkpoint's own tokens, which say what algorithms there are.
         groups: requests with more to them than their best tokens, sorted by whole.order().
+        codes: of the rows' algorithms, and perhaps others. A graph does not know.
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
@@ -130,7 +134,7 @@ def decide(
     scores = Scores(best, chance, candidates=token, chances=prob)
     out: StepOut | None = None
     for name, each in ALGORITHMS.items():
-        if each.indel and not tokens.indel:
+        if CODES[name] not in codes or (each.indel and not tokens.indel):
             continue
         mine = each.step(block, scores, state, params)
         out = mine if out is None else where(algorithm == CODES[name], mine, out)

@@ -30,7 +30,7 @@ from sglang_llada.config import (
     without_host_keys,
 )
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform
+from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
@@ -96,8 +96,18 @@ def fill_in_platform(server_args: Any) -> None:
         disable_cuda_graph=True,
         attention_backend=args.attention_backend or ATTENTION_BACKEND,
         max_total_tokens=args.max_total_tokens or KV_TOKENS,
-        dtype="float32" if args.dtype == "auto" else args.dtype,  # the host would halve fp32 checkpoints
+        dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
     )
+
+
+def cpu_dtype(model_path: str, revision: str | None) -> str:
+    """What a model computes in on the CPU: bf16 if its checkpoint is and the processor multiplies it, else fp32.
+
+    The host would halve fp32 checkpoints, and emulated bf16 is several times slower than fp32.
+    """
+    config = config_of(model_path, revision)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return "bfloat16" if stored == "bfloat16" and native_bf16() else "float32"
 
 
 def fill_in(server_args: Any, mode: Mode) -> None:
@@ -268,18 +278,21 @@ def page_size(args: Any) -> int:
     return block_size
 
 
-@lru_cache(maxsize=8)
 def architectures(model_path: str, revision: str | None) -> tuple[str, ...]:
     """What config.json says the model is; empty if there is none to read, which the host will report in its own way."""
+    return tuple(config_of(model_path, revision).get("architectures") or ())
+
+
+@lru_cache(maxsize=8)
+def config_of(model_path: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json; empty if there is none to read."""
     folder = Path(model_path)
     if folder.is_dir():
         file = folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    elif "://" in model_path or folder.is_file():  # object stores and GGUF files
-        config = {}
-    else:
-        config = fetch_config(model_path, revision)
-    return tuple(config.get("architectures") or ())
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "://" in model_path or folder.is_file():  # object stores and GGUF files
+        return {}
+    return fetch_config(model_path, revision)
 
 
 def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:

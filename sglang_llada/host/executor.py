@@ -7,25 +7,29 @@ captured CUDA graph decides inside it (graphs.py), every other one right after i
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+    enable_num_token_non_padded,
+)
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
-from sglang_llada.blocks import Block, Decided, Plan, Request, Row, RowKind
+from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import decide, idle, number, pack, record
+from sglang_llada.decode.decide import STATE_COLUMN, decide, idle, number, pack
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of
+from sglang_llada.host.rows import Outcome, Rows, Writer, may_edit, send
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 
@@ -35,26 +39,33 @@ class InFlight:
 
     Attributes:
         plan: its rows.
-        decided: what they decided, still on the device, first the plan's rows and then perhaps padding; None if the
-            plan has no DENOISE row. A replayed graph writes its next decisions over these.
+        rows: they as the device got them.
+        deciding: which of them decide.
+        outcome: what those decided (decide.pack), still on the device; None if there are none.
         replayed: whether a graph ran it.
         groups: requests with more to them than their best tokens.
         reports: the log-probabilities that some of them want, see whole.report().
     """
 
     plan: Plan
-    decided: StepOut | None
+    rows: Rows
+    deciding: list[int]
+    outcome: Tensor | None
     replayed: bool
     groups: list[RequestGroup]
     reports: Tensor | None
 
 
-@dataclass(slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What a step decided for each live block of a request; None if some of its logits were not finite."""
 
     request: Request[DecodeConfig]
     blocks: list[Decided] | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether all blocks have tokens."""
+        return all(decided.tokens[0] >= 0 for decided in self.blocks or ())
 
 
 class Note(NamedTuple):
@@ -84,11 +95,11 @@ class Decider:
         self.tokens = tokens_of(facts)
         self.idle = idle(self.block_size, self.tokens)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, groups: Sequence[Group] = ()) -> StepOut:
-        """As decide()."""
+    def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, **options: Any) -> StepOut:
+        """As decide(), with its groups and codes as options."""
         head, exchange = self.model.head, self.model.exchange
         shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
-        return decide(hidden, ids, table, count, head=head, exchange=exchange, groups=groups, **shape)
+        return decide(hidden, ids, table, count, head=head, exchange=exchange, **shape, **options)
 
     def report(self, hidden: Tensor, groups: list[Group], ids: Tensor, origin: Tensor) -> Tensor | None:
         """As report(); None if nobody wants one."""
@@ -107,58 +118,71 @@ class Executor:
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.offsets = torch.arange(self.block_size, device=self.device)
+        self.writer = Writer(self.block_size, decider.idle)
+        self.counts_tokens = enable_num_token_non_padded()
+        self.shapes: dict[int, tuple[Tensor, Tensor]] = {}  # by number of rows: their lengths, and where each begins
         # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
 
-    @torch.inference_mode()
-    def launch(self, plan: Plan, slots: list[int], of_ranks: list[int] | None = None) -> InFlight:
-        """Enqueue a plan's forward and decode step.
+    def launch(self, plan: Plan, of_ranks: list[int] | None = None) -> InFlight:
+        """Enqueue a plan's forward and decode step. Called in inference mode.
 
         Args:
             plan: its rows; none on a rank that takes part for the sake of the others' experts.
-            slots: for each row, its request's row in the host's req_to_token table.
             of_ranks: under DP attention, the rows of each of its ranks in this forward.
         """
-        starts = [row.start for row in plan.rows]
-        ids, slot, start, table, count = self._to_device(plan, slots)
-        batch = self.forward_batch(ids, start, slot, starts, slots, of_ranks)
-        batch.step_table = table  # for the graph runner
+        planned = plan.rows
+        tokens, records = self.writer.write(plan)
+        slots, starts = [row.request.slot for row in planned], [row.start for row in planned]
+        rows = send(tokens, records, slots, starts, self.req_to_token.shape[1], self.device)
+        batch = self.forward_batch(rows, of_ranks)
+        batch.step_table = rows.table  # for the graph runner
         output = self.runner.forward(batch)
-        asking = self._groups(plan)
+        special = [(r, row) for r, row in enumerate(planned) if not row.request.plain]
+        asking = self._groups(special) if special else []
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
-        if count is None:
-            decided = None
-        elif output.can_run_graph and not any(group.chooses for group in groups):
+        deciding = [r for r, row in enumerate(planned) if row.block is not None]
+        decided = None
+        if deciding and output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
-        else:
-            decided = self.decide(hidden[: len(ids)], ids, table, count, groups)
-        blocks, unmoved = ids.view(-1, self.block_size), self.offsets.expand(len(plan.rows), -1)
-        after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
-        reports = self.decide.report(hidden, groups, *after) if groups else None
-        return InFlight(plan, decided, output.can_run_graph, asking, reports)
+        elif deciding:
+            hidden_of_rows = hidden[: len(planned) * self.block_size]
+            options: dict[str, Any] = {"groups": groups, "codes": rows.algorithms}
+            decided = self.decide(hidden_of_rows, rows.ids, rows.table, rows.changeable, **options)
+        trace = any(row.request.noted for _, row in special)
+        outcome = None if decided is None else pack(decided, trace=trace)
+        reports = None
+        if groups:
+            blocks, unmoved = rows.ids.view(-1, self.block_size), self.offsets.expand(len(planned), -1)
+            after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
+            reports = self.decide.report(hidden, groups, *after)
+        return InFlight(plan, rows, deciding, outcome, output.can_run_graph, asking, reports)
 
     def read(self, launched: InFlight) -> list[Decision]:
         """Wait for a step and bring its decisions to the host: the step's one device-to-host read."""
         reports = self._read_reports(launched)
-        if launched.decided is None:
+        if launched.outcome is None:
             return []
-        T, rows = self.block_size, launched.plan.rows
-        trace = any(noted(row.request) for row in rows)
+        planned, at, state_size = launched.plan.rows, launched.deciding, len(self.decide.idle) - STATE_COLUMN
+        outcome = Outcome.read(launched.outcome, at, self.block_size, state_size)
+        self.writer.keep(launched.rows, outcome, at)
+        traces = outcome.trace.tolist()
+        each = zip(outcome.tokens, outcome.open.tolist(), outcome.done, outcome.state.tolist(), strict=True)
         decisions: list[Decision] = []
-        for (request, _, _, block), read in zip(rows, pack(launched.decided, trace=trace).tolist(), strict=False):
-            if block is None:
-                continue
-            if not decisions or decisions[-1].request is not request:
-                decisions.append(Decision(request, []))
-            end = T + 2 + len(request.fresh)
-            said = notes(block, read[end:], reports.get(request.rid, {})) if trace and noted(request) else None
-            decided = Decided(read[:T], read[T], bool(read[T + 1]), read[T + 2 : end], said)
-            if read[0] < 0:
-                decisions[-1].blocks = None
-            elif decisions[-1].blocks is not None:
-                decisions[-1].blocks.append(decided)
-        return decisions
+        blocks: list[Decided] = []
+        for r, made, trace in zip(at, each, traces, strict=True):
+            request, decided = planned[r].request, Decided(*made)
+            if request.noted:
+                decided = noted(planned[r], decided, trace, reports.get(request.rid, {}))
+            if decisions and decisions[-1].request is request:
+                blocks.append(decided)
+            else:
+                blocks = [decided]
+                decisions.append(Decision(request, blocks))
+        if outcome.sound:
+            return decisions
+        return [each if each.sound else Decision(each.request, None) for each in decisions]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -176,35 +200,11 @@ class Executor:
                 found.setdefault(request.rid, {}).update(rows)
         return found
 
-    def _to_device(self, plan: Plan, slots: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, int | None]:
-        """Tokens [R * T], req_to_token rows [R], starts [R] and records [R, columns], through one copy.
-
-        And how many positions may change; None if there are no DENOISE rows.
-        """
-        flat: list[int] = []
-        count: int | None = None
-        for (request, _, start, block), slot in zip(plan.rows, slots, strict=True):
-            if block is None:
-                flat += request.tokens_at(start)
-                flat += (slot, start)
-                flat += self.decide.idle
-            else:
-                flat += block.tokens
-                flat += (slot, start)
-                may_edit = editable(request, block)
-                count = (count or 0) + (block.open | may_edit).bit_count()
-                flat += record(block.open, may_edit, request.numbers, block.state)
-        T = self.block_size
-        # Many times faster than torch.tensor(flat); a rank without rows of its own has nothing to share memory with.
-        packed = torch.frombuffer(array("q", flat), dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
-        rows = packed.view(-1, T + 2 + len(self.decide.idle)).to(self.device, non_blocking=True)
-        return rows[:, :T].flatten(), rows[:, T], rows[:, T + 1], rows[:, T + 2 :], count
-
-    def _groups(self, plan: Plan) -> list[RequestGroup]:
-        """Requests with more to them than their best tokens, in the order that a step needs."""
+    def _groups(self, rows: list[tuple[int, Row]]) -> list[RequestGroup]:
+        """Of numbered rows, their requests with more to them than their best tokens, in the order that a step needs."""
         found = {}
         asked: list[RequestGroup] = []
-        for r, row in enumerate(plan.rows):
+        for r, row in rows:
             request, params = row.request, row.request.params
             if params.sampling is None and params.shaping is None and params.report is None:
                 continue
@@ -244,41 +244,37 @@ class Executor:
         vocabulary = self.decide.model.config.vocab_size
         return RequestGroup(request, positions, Group(at, vocabulary, report=replace(wanted, original=True)))
 
-    def forward_batch(
-        self,
-        ids: Tensor,
-        start: Tensor,
-        slot: Tensor,
-        starts: list[int],
-        slots: list[int],
-        of_ranks: list[int] | None = None,
-    ) -> ForwardBatch:
-        """The host's batch of rows: ids [R * T]; start [R] and slot [R], on the device and as lists."""
-        T, R = self.block_size, len(starts)
-        positions = start[:, None] + self.offsets  # [R, T]
+    def forward_batch(self, rows: Rows, of_ranks: list[int] | None = None) -> ForwardBatch:
+        """The host's batch of rows."""
+        T, R = self.block_size, len(rows.starts)
+        if R not in self.shapes:
+            lengths = torch.full((R,), T, dtype=torch.int32, device=self.device)
+            self.shapes[R] = (lengths, torch.arange(0, R * T, T, dtype=torch.int32, device=self.device))
+        lengths, begins = self.shapes[R]
+        pages = self.req_to_token.view(-1).index_select(0, rows.page).long()  # a block is a page of KV
         batch = ForwardBatch(
             forward_mode=ForwardMode.DLLM_EXTEND if R else ForwardMode.IDLE,
             batch_size=R,
-            input_ids=ids,
-            req_pool_indices=slot,
-            seq_lens=start + T,
-            out_cache_loc=self.req_to_token[slot[:, None], positions].flatten().long(),
-            seq_lens_sum=sum(starts) + R * T,
-            seq_lens_cpu=torch.tensor(starts) + T,
-            req_pool_indices_cpu=torch.tensor(slots),
-            positions=positions.flatten(),
+            input_ids=rows.ids,
+            req_pool_indices=rows.slot,
+            seq_lens=rows.end,
+            out_cache_loc=(pages[:, None] + self.offsets).view(-1),
+            seq_lens_sum=sum(rows.starts) + R * T,
+            seq_lens_cpu=torch.from_numpy(rows.ends),
+            req_pool_indices_cpu=torch.from_numpy(rows.slots),
+            positions=rows.positions,
             capture_hidden_mode=CaptureHiddenMode.NULL,
             spec_algorithm=SpeculativeAlgorithm.NONE,
             extend_num_tokens=R * T,
-            extend_seq_lens=torch.full((R,), T, dtype=torch.int32, device=self.device),
-            extend_prefix_lens=start.int(),
-            extend_start_loc=torch.arange(0, R * T, T, dtype=torch.int32, device=self.device),
+            extend_seq_lens=lengths,
+            extend_prefix_lens=rows.start.int(),
+            extend_start_loc=begins,
             extend_seq_lens_cpu=[T] * R,
-            extend_prefix_lens_cpu=starts,
+            extend_prefix_lens_cpu=rows.starts,
             extend_logprob_start_lens_cpu=[T] * R,
         )
         if of_ranks is not None:
-            tokens = [rows * T for rows in of_ranks]
+            tokens = [each * T for each in of_ranks]
             batch.is_extend_in_batch = True
             batch.can_run_decode_cuda_graph = True
             batch.original_global_num_tokens_cpu = of_ranks  # which graph to replay is asked in rows
@@ -286,7 +282,10 @@ class Executor:
             batch.global_num_tokens_gpu = torch.tensor(tokens, device=self.device)
             batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
         self.runner.kv_index_translator.bind_own_plan(batch)
-        batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
+        # As the host's _init_num_token_non_padded, which asks anew each time.
+        batch.global_num_token_non_padded_cpu = R * T
+        if self.counts_tokens:
+            batch.global_num_token_non_padded = torch.tensor(R * T, dtype=torch.int32).to(self.device)
         return batch
 
 
@@ -297,16 +296,13 @@ def tokens_of(facts: CheckpointFacts) -> Tokens:
     return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
 
 
-def noted(request: Request[DecodeConfig]) -> bool:
-    """Whether there must be notes on its tokens."""
-    return request.params.trace or request.params.report is not None
-
-
-def notes(block: Block, trace: list[int], reports: dict[int, list[float]]) -> list[Note | None]:
-    """Of each position, after a step with this trace, what is to be said of its token; `reports` by position."""
-    T = len(block.notes)
+def noted(row: Row, decided: Decided, trace: list[int], reports: dict[int, list[float]]) -> Decided:
+    """Decisions for a row's block with what is to be said of each token; `reports` by position."""
+    block = row.block
+    assert block is not None
+    T = len(block.tokens)
     written, origin, prob = trace[:T], trace[T : 2 * T], trace[2 * T :]
-    return [
+    notes = [
         Note(block.steps + 1, number(prob[i]), reports.get(block.start + origin[i]))
         if written[i]
         else block.notes[origin[i]]
@@ -314,17 +310,11 @@ def notes(block: Block, trace: list[int], reports: dict[int, list[float]]) -> li
         else None
         for i in range(T)
     ]
+    return decided._replace(notes=notes)
 
 
 def free_positions(request: Request[DecodeConfig]) -> list[int]:
     """Positions of its live blocks of which tokens may change."""
     T = request.block_size
-    sets = [(block.start, block.open | editable(request, block)) for block in request.blocks]
+    sets = [(block.start, block.open | may_edit(request, block)) for block in request.blocks]
     return [start + i for start, positions in sets for i in range(T) if positions >> i & 1]
-
-
-def editable(request: Request[DecodeConfig], block: Block) -> int:
-    """The set of positions of a live block that a step may edit."""
-    if not request.rules.edits or (block.done and request.rules.reopens):
-        return 0
-    return (1 << request.block_size) - (1 << block.given) & ~block.open

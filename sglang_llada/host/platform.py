@@ -72,3 +72,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_llada.host import cpu_experts
 
         cpu_experts.adopt(model)
+
+
+def native_bf16() -> bool:
+    """Whether the processor multiplies bf16 by itself."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

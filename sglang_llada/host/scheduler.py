@@ -13,6 +13,7 @@ nothing overlaps and the client would wait a step longer.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from dataclasses import replace
@@ -25,7 +26,6 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Sche
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.common import (
-    checkpoint_kv_cache,
     evict_from_tree_cache,
     match_kv_cache,
     release_kv_cache,
@@ -35,13 +35,13 @@ from sglang.srt.observability.req_time_stats import set_time_batch
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
-from sglang_llada.blocks import Ending, Phase, Plan, Request, Rules, Table, next_step
+from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, RowKind, Rules, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, tokens_of
+from sglang_llada.host.executor import Decider, Executor, InFlight, tokens_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
@@ -49,6 +49,7 @@ from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book
 
 logger = logging.getLogger(__name__)
 
+WORTH_WAITING = 4  # blocks that another request is filling, for which a request waits a step instead of filling them
 IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 
 
@@ -71,9 +72,11 @@ class LladaScheduler(Scheduler):
         self.table = Table()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.in_flight: InFlight | None = None
-        self.unbooked: list[Decision] = []
+        self.unbooked: list[Request[DecodeConfig]] = []  # with decisions that the outside has not been told of
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
+        self.overlaps = self.device != "cpu"  # whether a launched step runs by itself
         self.replayed = self.eager = 0  # steps
+        self.attention_ranks = get_parallel().attn_dp_size
         context = self.metrics_collector_context
         self.metrics = Metrics(context.collector.labels) if context.current_scheduler_metrics_enabled else None
         self.executor = Executor(self.tp_worker.model_runner, Decider(self.tp_worker.model_runner))
@@ -103,6 +106,7 @@ class LladaScheduler(Scheduler):
     @DynamicGradMode()
     def event_loop_normal(self) -> None:
         """Turn after turn until shutdown; see the module."""
+        gc.freeze()  # modules and weights are no garbage; looking through them stops everything for half a second
         while not self.gracefully_exit:
             self.ingest_requests()
             if self._engine_paused:
@@ -115,12 +119,13 @@ class LladaScheduler(Scheduler):
         busy = self.in_flight is not None
         self._read()
         self._end_aborted()
-        if self.device == "cpu":
-            self._book()
+        if self.overlaps:
             busy |= self._launch()
+            self._book()
         else:
-            busy |= self._launch()
             self._book()
+            busy |= self._launch()
+        self._share()
         if envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.get():
             self.table.check_integrity(self._held())
         if not busy:
@@ -135,35 +140,35 @@ class LladaScheduler(Scheduler):
             return
         decisions, self.in_flight = self.executor.read(self.in_flight), None
         for decision in decisions:
-            if decision.request.phase is Phase.DONE:
+            request, blocks = decision
+            if request.phase is Phase.DONE:
                 continue  # ended while the step ran, by a stop string or an abort
-            if decision.blocks is None:
-                self.reqs[decision.request.rid].to_finish = FINISH_ABORT(
+            if blocks is None:
+                self.reqs[request.rid].to_finish = FINISH_ABORT(
                     "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
                 continue
-            if not self._conform(decision):
+            if not request.plain and (blocks := self._conform(request, blocks)) is None:
                 continue
-            decision.request.decide(decision.blocks)
-            if decision.request.params.stream_mode == "denoise":
-                self.output_streamer.keep_snapshot(decision.request)
-            self.unbooked.append(decision)
+            request.decide(blocks)
+            if request.params.stream_mode == "denoise":
+                self.output_streamer.keep_snapshot(request)
+            self.unbooked.append(request)
 
-    def _conform(self, decision: Decision) -> bool:
-        """Cut the decisions of a request with a grammar to what that accepts; False if it ends for its own wishes."""
-        shaping, request = decision.request.params.shaping, decision.request
+    def _conform(self, request: Request[DecodeConfig], blocks: list[Decided]) -> list[Decided] | None:
+        """The decisions, of a request with a grammar what that accepts of them; None if it ends for its own wishes."""
+        shaping = request.params.shaping
         if shaping is None or (shaping.matcher is None and shaping.failure is None):
-            return True
+            return blocks
         reason = shaping.failure
         if reason is None:
-            [block], [decided] = request.blocks, decision.blocks or []
+            [block], [decided] = request.blocks, blocks
             accepted = conform(shaping.matcher, block, decided, self.facts.mask_id)
             if accepted is not None:
-                decision.blocks = [accepted]
-                return True
+                return [accepted]
             reason = "the grammar allows no token of the vocabulary after the output so far"
         self.reqs[request.rid].to_finish = FINISH_ABORT(reason, HTTPStatus.BAD_REQUEST)
-        return False
+        return None
 
     def _launch(self) -> bool:
         """Stage: plan the next step and enqueue it."""
@@ -176,8 +181,7 @@ class LladaScheduler(Scheduler):
         self._sched_idled = False
         self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
         self.profiler_manager._profile_batch_predicate(self.running_batch)
-        slots = [self.reqs[row.request.rid].kv.req_pool_idx for row in plan.rows]
-        self.in_flight = self.executor.launch(plan, slots, rows if len(rows) > 1 else None)
+        self.in_flight = self.executor.launch(plan, rows if len(rows) > 1 else None)
         self._count_step(self.in_flight)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
@@ -187,8 +191,8 @@ class LladaScheduler(Scheduler):
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
             plan = next_step(self.table, self.row_budget)
-            reach = {row.request.rid: row.start + self.facts.block_size for row in plan.rows}
-            if all([self._ensure_pages(self.reqs[rid], end) for rid, end in reach.items()]):
+            short = [row for row in plan.rows if row.start >= row.request.room]
+            if all([self._ensure_pages(row.request, row.start + self.facts.block_size) for row in short]):
                 return plan
             if self.unbooked:
                 self._book()  # may end requests and so free pages
@@ -197,9 +201,9 @@ class LladaScheduler(Scheduler):
 
     def _rows_of_ranks(self, mine: int) -> list[int]:
         """Rows that each DP attention rank has for the next forward: all take part, or none does."""
-        parallel = get_parallel()
-        if parallel.attn_dp_size == 1:
+        if self.attention_ranks == 1:
             return [mine]
+        parallel = get_parallel()
         everyones = torch.empty(parallel.tp_size, dtype=torch.int64)
         torch.distributed.all_gather_single(everyones, torch.tensor([mine]), group=parallel.tp_group.cpu_group)
         rows: list[int] = everyones[:: parallel.attn_tp_size].tolist()
@@ -239,6 +243,8 @@ class LladaScheduler(Scheduler):
                 self.waiting_queue.remove(req)
                 self._finish_unadmitted(req)
                 continue
+            if self._is_being_filled(req, adder.can_run_list):
+                continue
             while not (fits := self._fits(req, adder)):
                 self._admit(adder.can_run_list)
                 if not self._preempt_for(req):
@@ -247,6 +253,25 @@ class LladaScheduler(Scheduler):
             if not fits:
                 return
         self._admit(adder.can_run_list)
+
+    def _is_being_filled(self, req: Any, admitted: list[Any]) -> bool:
+        """Whether most of what a request has to fill is about to be filled for another one: it waits, and shares it.
+
+        Args:
+            admitted: requests that are let in before it in this turn.
+        """
+        request = self._request_of(req)
+        if self.tree_cache.disable or request.params.report is not None:  # which may have to read its prompt itself
+            return False
+        for other in (*self.running_batch.reqs, *admitted):
+            theirs = self.table[other.rid]
+            filled = theirs.filled if theirs.phase is Phase.FILLING else other.prefix_len
+            if theirs.phase not in (Phase.FILLING, Phase.WAITING) or cache_key(other) != cache_key(req):
+                continue
+            coming = min(request.common_prefix(theirs), request.live_from, theirs.live_from) - filled
+            if coming >= WORTH_WAITING * self.facts.block_size and 2 * coming >= request.live_from - filled:
+                return True
+        return False
 
     def _adder(self) -> Any:
         """The host's admission by KV budget, without chunks: rows are budgeted by the planner."""
@@ -271,10 +296,7 @@ class LladaScheduler(Scheduler):
             return False
         if adder.budget_state() != AddReqResult.CONTINUE:
             return False
-        request = self.table.get(req.rid)
-        if request is None:
-            request = self._new_request(req)
-            self.table.add(request)
+        request = self._request_of(req)
         req.refresh_fill_ids()
         read_from = None if request.params.report is None else request.params.report.prompt_from
         reach = request.live_from if read_from is None else read_from // request.block_size * request.block_size
@@ -290,15 +312,24 @@ class LladaScheduler(Scheduler):
             request = self.table[req.rid]
             self.waiting_queue.remove(req)
             self._take_row(req)
+            request.slot, request.room = req.kv.req_pool_idx, req.prefix_len
             self.table.readmit(req.rid, req.prefix_len)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
-            self._ensure_pages(req, request.live_to)
+            self._ensure_pages(request, request.live_to)
             if not req.retracted_stain:
                 req.cached_tokens = req.cached_tokens_device = req.prefix_len
             self.processed_tokens_counter += request.live_from - request.filled
         if reqs:
             set_time_batch(reqs, "set_forward_entry_time")
+
+    def _request_of(self, req: Any) -> Request[DecodeConfig]:
+        """What the table knows of a host request; from now on, if it is new."""
+        request = self.table.get(req.rid)
+        if request is None:
+            request = self._new_request(req)
+            self.table.add(request)
+        return request
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
         vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
@@ -312,6 +343,8 @@ class LladaScheduler(Scheduler):
             params=params,
             fresh=self.fresh,
             numbers=numbers(params),
+            plain=params.plain,
+            noted=params.noted,
             rules=Rules(
                 edits=params.edits,
                 reopens=params.reopens,
@@ -335,17 +368,17 @@ class LladaScheduler(Scheduler):
             self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix)
         req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
 
-    def _ensure_pages(self, req: Any, upto: int) -> bool:
+    def _ensure_pages(self, request: Request[DecodeConfig], upto: int) -> bool:
         """Pages for positions [0, upto), evicting from the radix tree if need be; False if the pool is full."""
-        have = req.kv.kv_allocated_len
+        kv, have = self.reqs[request.rid].kv, request.room
         if have >= upto:
             return True
         evict_from_tree_cache(self.tree_cache, upto - have)
         pages = self.token_to_kv_pool_allocator.alloc(upto - have)
         if pages is None:
             return False
-        self.req_to_token_pool.write((req.kv.req_pool_idx, slice(have, upto)), pages.int())
-        req.kv.kv_allocated_len = req.kv.kv_committed_len = upto
+        self.req_to_token_pool.write((request.slot, slice(have, upto)), pages.int())
+        request.room = kv.kv_allocated_len = kv.kv_committed_len = upto
         return True
 
     def _preempt_for(self, req: Any) -> bool:
@@ -367,15 +400,14 @@ class LladaScheduler(Scheduler):
         """Stage: tell the outside what was decided: the radix tree, finish states, streams, metrics."""
         decided, self.unbooked = self.unbooked, []
         news: dict[str, int] = {}  # tokens committed per request
-        for decision in decided:
-            req = self.reqs[decision.request.rid]
-            new = decision.request.output[len(req.output_ids) :]
+        for request in decided:
+            req = self.reqs[request.rid]
+            new = request.output[len(req.output_ids) :]
             if req.return_logprob:
-                book_logprobs(req, new, decision.request.notes[len(req.output_ids) :])
+                book_logprobs(req, new, request.notes[len(req.output_ids) :])
             req.output_ids.extend(new)
             news[req.rid] = len(new)
         for req in self.running_batch.reqs:
-            self._share(req, self.table[req.rid])
             book_prompt_logprobs(req, self.table[req.rid])
         changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid))]
         cut = sum(len(req.output_ids) - len(req.output_ids_through_stop) for req in changed)  # after a stop
@@ -385,15 +417,28 @@ class LladaScheduler(Scheduler):
             self._report(sum(news.values()) - cut)
         self.maybe_send_health_check_signal()
 
-    def _share(self, req: Any, request: Request[DecodeConfig]) -> None:
-        """Insert newly filled blocks into the radix tree, so that requests that run at the same time share them."""
-        final = request.filled
+    def _share(self) -> None:
+        """Stage: insert what a launched step fills of prompts into the radix tree, for whoever is admitted next."""
+        if self.in_flight is None:
+            return
+        T, plan = self.facts.block_size, self.in_flight.plan
+        for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
+            req = self.reqs.get(rid)  # None if it has ended meanwhile
+            if req is not None:
+                self._insert(req, len(req.origin_input_ids) // T * T)
+
+    def _insert(self, req: Any, upto: int) -> None:
+        """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
+
+        The tree goes over the whole prefix each time, so this is for prompts, once they are filled, and for answers,
+        once their requests let go of them.
+        """
+        final = min(self.table[req.rid].filled, upto)
         if get_serving().strip_thinking_cache:
             final = min(final, len(req.origin_input_ids) // self.facts.block_size * self.facts.block_size)
-        if final > req.kv.cache_protected_len and not self.tree_cache.disable:
+        if final > req.kv.cache_protected_len and not (self.tree_cache.disable or req.skip_radix_cache_insert):
             req.refresh_fill_ids()
-            req.extend_end = final
-            checkpoint_kv_cache(req, self.tree_cache)
+            self.tree_cache.checkpoint(req, up_to=final)
 
     def _update_finish(self, req: Any, committed: int | None) -> bool:
         """Let the host judge new tokens, stop strings among them; whether there is anything to send.
@@ -437,7 +482,8 @@ class LladaScheduler(Scheduler):
         self.load_publisher.publish_load_stat(self.load_inquirer.get_loads, force=False, snapshot=snapshot)
 
     def _release(self, req: Any) -> None:
-        """Give back a request's row and pages; what can be shared is in the tree already."""
+        """Give back a request's row and pages; the tree keeps whole blocks of what is returned of it."""
+        self._insert(req, req.owned_kv_len() // self.facts.block_size * self.facts.block_size)
         del self.reqs[req.rid]
         release_kv_cache(req, self.tree_cache, checkpoint=False)
 
@@ -485,7 +531,9 @@ class LladaScheduler(Scheduler):
 
     def _retract(self, req: Any) -> None:
         """Back to the queue without KV; the table keeps what the live block has decided."""
-        self.table[req.rid].retract()
+        request = self.table[req.rid]
+        self._insert(req, request.filled)
+        request.retract()
         del self.reqs[req.rid]
         self.running_batch.reqs.remove(req)
         release_req(
@@ -516,3 +564,8 @@ class LladaScheduler(Scheduler):
     def _held(self) -> dict[str, int]:
         """Positions that each request has pages for, as the host's records say."""
         return {rid: req.kv.kv_allocated_len for rid, req in self.reqs.items()}
+
+
+def cache_key(req: Any) -> tuple[Any, Any]:
+    """What keeps a request's cached blocks apart from others of the same tokens."""
+    return req.extra_key, req.cache_salt

@@ -164,6 +164,15 @@ def test_tokens_of_a_block_span_prompt_and_output() -> None:
     assert request.tokens_at(8) == [MASK] * T
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs", "common"),
+    [([7] * 9, [7] * 12, 8), ([7] * 7, [7] * 7, 4), ([7] * 8, [7] * 5 + [6] * 3, 4), ([6] + [7] * 7, [7] * 8, 0)],
+)
+def test_a_common_prefix_is_whole_blocks(mine: list[int], theirs: list[int], common: int) -> None:
+    a, b = (Request("r", prompt, 5, frozenset(), None, T, MASK) for prompt in (mine, theirs))
+    assert a.common_prefix(b) == b.common_prefix(a) == common
+
+
 def test_steps_are_reported_once_per_block() -> None:
     request = in_phase(Phase.DECODING)
     assert request.report_steps(ended=False) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import sglang.benchmark.one_batch as host
 import torch
 from sglang.srt.plugins import load_plugins
@@ -18,6 +19,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_llada.host import cpu_experts
 from sglang_llada.host.executor import Executor
+from sglang_llada.host.rows import send
 from tests.toy import EOS, make_checkpoint
 
 T, BLOCKS, SLOT = 32, 5, 1
@@ -50,12 +52,12 @@ def load(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    executor = Executor(runner, SimpleNamespace(block_size=T))  # type: ignore[arg-type]
+    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[]))  # type: ignore[arg-type]
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    starts = list(range(0, len(ids), T))
-    batch = executor.forward_batch(ids, torch.tensor(starts), torch.tensor([SLOT] * BLOCKS), starts, [SLOT] * BLOCKS)
-    return runner.forward(batch).logits_output.full_logits
+    starts, tokens = list(range(0, len(ids), T)), ids.view(-1, T).numpy()
+    rows = send(tokens, np.empty((BLOCKS, 0), np.int64), [SLOT] * BLOCKS, starts, table.shape[1], runner.device)
+    return runner.forward(executor.forward_batch(rows)).logits_output.full_logits
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import decide, fresh, idle, numbers
 from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
+from sglang_llada.host import executor as executor_module
 from sglang_llada.host.executor import Executor
 from sglang_llada.host.recording import kernel, no_host_reads, recording
 from sglang_llada.host.replay import ReplayBackend
@@ -173,7 +174,7 @@ class NoReads(TorchDispatchMode):
 
 def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that our code does for a step outside the host's forward; the forward itself is what graphs check."""
-    monkeypatch.setattr(ForwardBatch, "_init_num_token_non_padded", lambda self, **_: None)
+    monkeypatch.setattr(executor_module, "enable_num_token_non_padded", lambda: False)
     requests = [
         Request(
             f"r{n}",
@@ -188,7 +189,8 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         )
         for n in (1, 9)
     ]
-    for request in requests:
+    for slot, request in enumerate(requests):
+        request.slot = slot
         request.admit(0)
     head, tokens = Head(torch.randn(50, WIDTH)), Tokens(9)
 
@@ -196,7 +198,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         hidden = torch.randn(batch.input_ids.shape[0], WIDTH)
         return SimpleNamespace(can_run_graph=False, logits_output=Output(hidden))
 
-    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, groups: list[Any]) -> StepOut:
+    def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, **_: Any) -> StepOut:
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
     decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]
@@ -209,7 +211,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
     executor = Executor(runner, decider)  # type: ignore[arg-type]
     plan = next_step(requests, 100)
     with no_host_reads(), NoReads():
-        launched = executor.launch(plan, [0 if row.request is requests[0] else 1 for row in plan.rows])
+        launched = executor.launch(plan)
         with pytest.raises(IntegrityError, match="on the host"):
             executor.read(launched)
     assert [decision.request for decision in executor.read(launched)] == requests

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -84,17 +85,25 @@ def told(call: Callable[[], None]) -> str:
 def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
     """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
     from sglang_llada.host.executor import Decider, Executor
+    from sglang_llada.host.rows import send
 
     executor = Executor(runner, Decider(runner))
     for slot in range(len(texts)):  # page 0 is the host's, for padding
         begin = (1 + 8 * slot) * T
         runner.req_to_token_pool.req_to_token[slot, : 8 * T] = torch.arange(begin, begin + 8 * T)
-    ids = [token for slot, block in rows for token in texts[slot][block * T : (block + 1) * T]]
+    tokens = np.array([texts[slot][block * T : (block + 1) * T] for slot, block in rows])
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        on_device = [torch.tensor(each, device=runner.device) for each in (ids, starts, slots)]
-        batch = executor.forward_batch(*on_device, starts, slots)
-        batch.step_table = torch.tensor([executor.decide.idle] * len(rows), device=runner.device)
+        sent = send(
+            tokens,
+            np.array([executor.decide.idle] * len(rows)),
+            slots,
+            starts,
+            executor.req_to_token.shape[1],
+            runner.device,
+        )
+        batch = executor.forward_batch(sent)
+        batch.step_table = sent.table
         hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from sglang_llada.accelerator import PLATFORM
 from sglang_llada.errors import ConfigError
-from sglang_llada.host import cpu_attention, cpu_experts
+from sglang_llada.host import arguments, cpu_attention, cpu_experts
 from sglang_llada.host.platform import ATTENTION_BACKEND, CpuPlatform
 
 pytestmark = pytest.mark.host
@@ -85,6 +86,21 @@ def test_a_freed_layer_is_not_kept_alive() -> None:
 
     gc.collect()
     assert len(cpu_experts.ADOPTED) == before
+
+
+# --- what it computes in --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "native", "dtype"),
+    [("bfloat16", True, "bfloat16"), ("bfloat16", False, "float32"), ("float32", True, "float32")],
+)
+def test_bf16_is_kept_where_the_processor_multiplies_it(
+    stored: str, native: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": stored}))
+    monkeypatch.setattr(arguments, "native_bf16", lambda: native)
+    assert arguments.cpu_dtype(str(tmp_path), None) == dtype
 
 
 # --- what the attention backend refuses -----------------------------------------------------------------------------

@@ -201,6 +201,14 @@ def test_requests_that_run_at_the_same_time_share_a_prompt(server: Server, long_
     assert second["meta_info"]["cached_tokens"] == 960
 
 
+def test_requests_that_arrive_together_fill_a_shared_prompt_once(server: Server, long_prompt: list[int]) -> None:
+    server.flush()
+    before = server.metric("sglang:llada_rows_total", kind="fill")
+    answers = server.generate_all([[*long_prompt[:960], 70 + i] for i in range(8)], 2, at_once=8)
+    assert sorted(answer["meta_info"]["cached_tokens"] for answer in answers) == [0] + [960] * 7
+    assert server.metric("sglang:llada_rows_total", kind="fill") - before == 30
+
+
 # --- ends from outside ------------------------------------------------------------------------------------------------
 
 
