@@ -125,7 +125,7 @@ class Side:
 def workloads() -> Iterator[Workload]:
     """Everything that is measured; requests differ from workload to workload and not from run to run."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
-    for at_once, count in ((1, 40), (8, 160), (32, 320)):
+    for at_once, count in ((1, 40), (8, 160), (32, 640)):
         asks = list(islice(chats(tokenizer, seed=at_once), count))
         yield Workload(f"chat, {at_once} at once", asks, lambda url, asks, n=at_once: closed_loop(url, asks, n))
     for rate, count in ((1, 8), (8, 64), (32, 160)):

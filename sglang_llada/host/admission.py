@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB as ORIGINAL_LOGPROBS
@@ -128,8 +129,14 @@ def stop_ids(req: Any) -> frozenset[int]:
 def ends_of(req: Any) -> frozenset[int]:
     """Token ids that end a request which does not ignore them."""
     params = req.sampling_params
-    found = set(params.stop_token_ids or ()) | set(req.eos_token_ids or ())
-    if req.tokenizer is not None:
-        found.add(req.tokenizer.eos_token_id)
-        found |= set(req.tokenizer.additional_stop_token_ids or ())
+    found = {*(params.stop_token_ids or ()), *(req.eos_token_ids or ())}
+    return ends_of_tokenizer(req.tokenizer) | found
+
+
+@lru_cache(maxsize=4)
+def ends_of_tokenizer(tokenizer: Any) -> frozenset[int]:
+    """Token ids that end a turn, if there is a tokenizer; it looks them up anew each time it is asked."""
+    if tokenizer is None:
+        return frozenset()
+    found = {tokenizer.eos_token_id, *(tokenizer.additional_stop_token_ids or ())}
     return frozenset(token for token in found if token is not None)

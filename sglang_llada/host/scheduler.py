@@ -20,6 +20,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, ScheduleBatch, release_req
@@ -191,8 +192,9 @@ class LladaScheduler(Scheduler):
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
             plan = next_step(self.table, self.row_budget)
-            short = [row for row in plan.rows if row.start >= row.request.room]
-            if all([self._ensure_pages(row.request, row.start + self.facts.block_size) for row in short]):
+            T = self.facts.block_size
+            reach = {row.request.rid: row.start + T for row in plan.rows if row.start >= row.request.room}
+            if not reach or self._ensure_pages(reach):
                 return plan
             if self.unbooked:
                 self._book()  # may end requests and so free pages
@@ -308,20 +310,26 @@ class LladaScheduler(Scheduler):
 
     def _admit(self, reqs: list[Any]) -> None:
         """Give requests that fit a row of req_to_token, their cached prefix, and pages up to their live block."""
+        if not reqs:
+            return
+        self.req_to_token_pool.alloc(reqs)
         for req in reqs:
-            request = self.table[req.rid]
+            request, kv, cached = self.table[req.rid], req.kv, req.prefix_len
             self.waiting_queue.remove(req)
-            self._take_row(req)
-            request.slot, request.room = req.kv.req_pool_idx, req.prefix_len
-            self.table.readmit(req.rid, req.prefix_len)
+            if cached:
+                prefix = self.tree_cache.prefix_device_indices(req)
+                self.req_to_token_pool.write((kv.req_pool_idx, slice(0, cached)), prefix)
+            kv.kv_allocated_len = kv.kv_committed_len = cached
+            request.slot, request.room = kv.req_pool_idx, cached
+            self.table.readmit(req.rid, cached)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
-            self._ensure_pages(request, request.live_to)
             if not req.retracted_stain:
-                req.cached_tokens = req.cached_tokens_device = req.prefix_len
+                req.cached_tokens = req.cached_tokens_device = cached
             self.processed_tokens_counter += request.live_from - request.filled
-        if reqs:
-            set_time_batch(reqs, "set_forward_entry_time")
+        admitted = [self.table[req.rid] for req in reqs]
+        self._ensure_pages({request.rid: request.live_to for request in admitted})
+        set_time_batch(reqs, "set_forward_entry_time")
 
     def _request_of(self, req: Any) -> Request[DecodeConfig]:
         """What the table knows of a host request; from now on, if it is new."""
@@ -360,25 +368,24 @@ class LladaScheduler(Scheduler):
             mask_id=self.facts.mask_id,
         )
 
-    def _take_row(self, req: Any) -> None:
-        """A row of the host's req_to_token table, with the cached prefix written into it."""
-        prefix = self.tree_cache.prefix_device_indices(req) if req.prefix_len else None
-        self.req_to_token_pool.alloc([req])
-        if prefix is not None:
-            self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix)
-        req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
+    def _ensure_pages(self, reach: dict[str, int]) -> bool:
+        """Pages for positions [0, reach) of each request, evicting from the radix tree if need be.
 
-    def _ensure_pages(self, request: Request[DecodeConfig], upto: int) -> bool:
-        """Pages for positions [0, upto), evicting from the radix tree if need be; False if the pool is full."""
-        kv, have = self.reqs[request.rid].kv, request.room
-        if have >= upto:
-            return True
-        evict_from_tree_cache(self.tree_cache, upto - have)
-        pages = self.token_to_kv_pool_allocator.alloc(upto - have)
+        False, and no pages for any of them, if the pool is too full for all.
+        """
+        grown = [(self.table[rid], upto) for rid, upto in reach.items()]
+        needed = sum(upto - request.room for request, upto in grown)
+        evict_from_tree_cache(self.tree_cache, needed)
+        pages = self.token_to_kv_pool_allocator.alloc(needed)
         if pages is None:
             return False
-        self.req_to_token_pool.write((request.slot, slice(have, upto)), pages.int())
-        request.room = kv.kv_allocated_len = kv.kv_committed_len = upto
+        slots = np.repeat([request.slot for request, _ in grown], [upto - request.room for request, upto in grown])
+        positions = np.concatenate([np.arange(request.room, upto) for request, upto in grown])
+        slot, position = torch.from_numpy(np.stack((slots, positions))).to(self.device, non_blocking=True)
+        self.req_to_token_pool.write((slot, position), pages.int())
+        for request, upto in grown:
+            kv = self.reqs[request.rid].kv
+            request.room = kv.kv_allocated_len = kv.kv_committed_len = upto
         return True
 
     def _preempt_for(self, req: Any) -> bool:
