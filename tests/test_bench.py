@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import compare, curves, roofline
 
 
 def write(folder: Path, name: str, **changes: Any) -> str:
@@ -37,3 +37,16 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     assert compare.main([write(tmp_path, "a"), write(tmp_path, "b", **changes)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_exponents_are_powers_of_the_size() -> None:
+    found = curves.exponents({1: 3.0, 2: 6.0, 8: 24.0, 16: 96.0})
+    assert found == pytest.approx({"1 to 2": 1, "2 to 8": 1, "8 to 16": 2, "1 to 16": 1.25})
+    assert curves.exponents({1: 3.0}) == {}
+
+
+@pytest.mark.parametrize("published", roofline.PUBLISHED, ids=lambda each: each[0])
+def test_the_model_of_a_step_meets_published_speeds(published: tuple[Any, ...]) -> None:
+    _, name, device, *rest, said = published
+    got = roofline.speed(roofline.MODELS[name], roofline.DEVICES[device], *rest)
+    assert 1 / 1.75 < got / said < 1.75
