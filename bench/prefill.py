@@ -24,8 +24,8 @@ from bench.load import Ask, closed_loop
 from bench.records import new_record
 from bench.serve import CHECKPOINT, SIDES, Side, Workload, after
 
-LENGTHS = (256, 1024, 2016, 8192, 31_744)
-MOST = {"ours": 31_744, "like for like": 8192, "as it comes": 8192}  # tokens of the longest prompt of a side
+LENGTHS = (256, 1024, 2016, 4096, 8192, 31_744)
+MOST = {"ours": 31_744, "like for like": 8192, "as it comes": 4096}  # tokens of the longest prompt of a side
 QUICK = {"ours": 8192, "like for like": 2016, "as it comes": 2016}  # tokens that a side reads in seconds
 
 Run = dict[str, float]

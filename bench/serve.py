@@ -112,11 +112,20 @@ class Side:
         """Figures of one run from an empty cache."""
         requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()
         forget_peak(self.scheduler)
-        before = self.forwards.copy()
+        self.forwards[:] = 0
         self.replies = workload.send(self.url, workload.asks)
-        forwards, rows, seconds = (float(each) for each in self.forwards - before)
         extra = (peak(self.scheduler) - self.idle) / MIB
-        return {**summary(workload.asks, self.replies, forwards, rows, seconds), "extra MiB": extra}
+        return {**summary(workload.asks, self.replies), **self.steps(), "extra MiB": extra}
+
+    def steps(self) -> dict[str, float]:
+        """Figures of the forwards, from where the first one began to where the last one ended."""
+        forwards, rows, seconds, begin, end = self.forwards.tolist()
+        return {
+            "forwards": forwards,
+            "rows/forward": rows / forwards,
+            "in forward %": 100 * seconds / (end - begin),
+            "host ms/step": 1e3 * (end - begin - seconds) / forwards,
+        }
 
 
 # --- workloads --------------------------------------------------------------------------------------------------------
@@ -167,8 +176,8 @@ def after(tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> list[in
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def summary(asks: list[Ask], replies: list[Reply], forwards: float, rows: float, seconds: float) -> dict[str, float]:
-    """Figures of one run, in which forwards of so many rows took so many seconds; times in milliseconds."""
+def summary(asks: list[Ask], replies: list[Reply]) -> dict[str, float]:
+    """What the client saw of one run; times in milliseconds."""
     begin, end = min(r.sent for r in replies), max(r.events[-1][0] for r in replies)
     firsts = sorted(r.first for r in replies)
     gaps = sorted(gap for r in replies for gap in r.gaps) or [0.0]
@@ -181,10 +190,6 @@ def summary(asks: list[Ask], replies: list[Reply], forwards: float, rows: float,
         "gap p99": 1e3 * quantile(gaps, 0.99),
         "ms/token": 1e3 * median((r.events[-1][0] - r.sent) / r.tokens for r in replies),
         "tokens": sum(r.tokens for r in replies),
-        "forwards": forwards,
-        "rows/forward": rows / forwards,
-        "in forward %": 100 * seconds / (end - begin),
-        "host ms/step": 1e3 * (end - begin - seconds) / forwards,
     }
     if judged:
         figures["right %"] = 100 * sum(r.text.strip() == a.right for a, r in judged) / len(judged)

@@ -1,9 +1,10 @@
 """The host's server with its forwards counted and timed: `python -m bench.timed_server FLAGS`, as sglang.launch_server.
 
-The file that BENCH_FORWARDS names holds three numbers, float64: forwards so far, their rows, and the seconds spent in
-them. The host's forwards end with logits, so the head counts as part of a forward on our side too, where it is run
-afterwards for the positions that matter. The processes that the server spawns import this module too, which is how the
-hooks get into the scheduler's.
+The file that BENCH_FORWARDS names holds five numbers, float64: forwards so far, their rows, the seconds spent in them,
+and when the first of them began, once that is set to 0, and the last one ended, on the clock of all processes. The
+host's forwards end with logits, so the head counts as part of a forward on our side too, where it is run afterwards for
+the positions that matter. The processes that the server spawns import this module too, which is how the hooks get into
+the scheduler's.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ HEAD = "sglang_llada.decode.select.select"
 
 
 def totals(file: Path, *, fresh: bool = False) -> np.memmap[Any, np.dtype[np.float64]]:
-    """The three numbers, shared with whoever else opens the file."""
-    return np.memmap(file, np.float64, "w+" if fresh else "r+", shape=(3,))
+    """The numbers, shared with whoever else opens the file."""
+    return np.memmap(file, np.float64, "w+" if fresh else "r+", shape=(5,))
 
 
 def timed_forward(forward: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a forward."""
     begin = time.perf_counter()
     out = forward(runner, batch, *args, **kwargs)
-    TOTALS[:] += 1, batch.batch_size, time.perf_counter() - begin
+    end = time.perf_counter()
+    TOTALS[:3] += 1, batch.batch_size, end - begin
+    TOTALS[3:] = TOTALS[3] or begin, end
     return out
 
 
@@ -40,7 +43,9 @@ def timed_head(select: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around a selection, which runs the head."""
     begin = time.perf_counter()
     out = select(*args, **kwargs)
-    TOTALS[2] += time.perf_counter() - begin
+    end = time.perf_counter()
+    TOTALS[2] += end - begin
+    TOTALS[4] = end
     return out
 
 

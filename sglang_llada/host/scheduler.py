@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -240,12 +241,13 @@ class LladaScheduler(Scheduler):
             self.waiting_queue, self.running_batch, processed_tokens=self.processed_tokens_counter
         )
         adder = self._adder()
+        filling = [req for req in self.running_batch.reqs if self.table[req.rid].phase is Phase.FILLING]
         for req in list(self.waiting_queue):
             if req.to_finish is not None:
                 self.waiting_queue.remove(req)
                 self._finish_unadmitted(req)
                 continue
-            if self._is_being_filled(req, adder.can_run_list):
+            if self._is_being_filled(req, (*filling, *adder.can_run_list)):
                 continue
             while not (fits := self._fits(req, adder)):
                 self._admit(adder.can_run_list)
@@ -256,19 +258,19 @@ class LladaScheduler(Scheduler):
                 return
         self._admit(adder.can_run_list)
 
-    def _is_being_filled(self, req: Any, admitted: list[Any]) -> bool:
-        """Whether most of what a request has to fill is about to be filled for another one: it waits, and shares it.
+    def _is_being_filled(self, req: Any, others: Iterable[Any]) -> bool:
+        """Whether most of what a request has to fill is about to be filled for one of others: it waits, and shares it.
 
         Args:
-            admitted: requests that are let in before it in this turn.
+            others: requests that are being filled, or are let in before it in this turn.
         """
         request = self._request_of(req)
         if self.tree_cache.disable or request.params.report is not None:  # which may have to read its prompt itself
             return False
-        for other in (*self.running_batch.reqs, *admitted):
+        for other in others:
             theirs = self.table[other.rid]
             filled = theirs.filled if theirs.phase is Phase.FILLING else other.prefix_len
-            if theirs.phase not in (Phase.FILLING, Phase.WAITING) or cache_key(other) != cache_key(req):
+            if cache_key(other) != cache_key(req):
                 continue
             coming = min(request.common_prefix(theirs), request.live_from, theirs.live_from) - filled
             if coming >= WORTH_WAITING * self.facts.block_size and 2 * coming >= request.live_from - filled:

@@ -12,6 +12,7 @@ import enum
 import gc
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from sglang_llada.errors import HostMismatch
 
 RELEASE = "0.5.23"
+CHECKED = "SGLANG_LLADA_CHECKED"  # in the environment of child processes: the host that was checked
 
 # Canonical signatures of what is no function.
 CLASS = "class"
@@ -673,7 +675,14 @@ def installed_host() -> Host:
 
 
 def require(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> None:
-    """Raise HostMismatch with every difference between the table and the host (the installed one by default)."""
+    """Raise HostMismatch with every difference between the table and the host (the installed one by default).
+
+    Processes that this one starts need not check the same host again: there are three or more, at a second each.
+    """
+    host = installed_host() if host is None else host
+    checked = f"{host.version} {host.root}"
+    if os.environ.get(CHECKED) == checked:
+        return
     differences = check(table, host)
     if differences:
         listed = "\n".join(f"  - {difference}" for difference in differences)
@@ -681,6 +690,7 @@ def require(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> None:
             f"sglang-llada: the installed SGLang is not the release that it was written for, {RELEASE}:\n{listed}\n"
             f"Install sglang=={RELEASE}, or a release of sglang-llada that supports this one."
         )
+    os.environ[CHECKED] = checked
 
 
 def check(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> list[str]:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_llada.llada2.checkpoint import read_facts
-from sglang_llada.llada2.weights import load_reference
-from tests.host.conftest import NEW_TOKENS, TINY, Case, compare
+from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, loaded
 from tests.host.serving import Server, launch, ready, serving, session_members, stop, tail
 from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
 
@@ -46,11 +44,11 @@ def answer_as_one(server: Server, cases: list[Case], how: str) -> tuple[int, int
 
 def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[Case], tmp_path: Path) -> None:
     """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests."""
-    model, facts = load_reference(CHECKPOINT), read_facts(CHECKPOINT)
+    model, facts = loaded(CHECKPOINT)
     assert facts.indel and model.config.expert_capacity is not None
     prompts = [case.prompt[-60:] for case in cases[:4]]
-    asked = [each for way in WAYS for each in ask(model, facts, way, prompts)]
-    sampled = ask_sampled(model, facts, [*prompts, *babble(64 - len(prompts))])
+    asked = [each for way in WAYS for each in ask(way, prompts)]
+    sampled = ask_sampled([*prompts, *babble(64 - len(prompts))])
     with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
         for some, what in ((asked, "greedy"), (sampled, "sampled")):
             with ThreadPoolExecutor(16) as pool:

@@ -54,6 +54,16 @@ def test_installed_host_fits() -> None:
     assert seams.check() == []
 
 
+def test_a_host_is_checked_once_for_a_process_and_its_children(copy: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(seams.CHECKED, raising=False)
+    checked: list[Host] = []
+    monkeypatch.setattr(seams, "check", lambda table, host: checked.append(host) or [])
+    seams.require()
+    seams.require()
+    seams.require(host=copy)
+    assert checked == [seams.installed_host(), copy]
+
+
 def test_untouched_copy_fits(copy: Host) -> None:
     assert seams.check(host=copy) == []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,7 @@ import torch
 from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.editing import Wishes, generate_as
-from sglang_llada.llada2.reference import Llada2ForDiffusion
-from tests.host.conftest import NEW_TOKENS, Case
+from tests.host.conftest import NEW_TOKENS, Case, loaded
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-llada2.2"
 # Decides rashly, so that there is something to edit.
@@ -78,67 +80,71 @@ class Asked:
     case: Case
 
 
-def ask(
-    model: Llada2ForDiffusion,
-    facts: CheckpointFacts,
-    way: str,
-    prompts: list[list[int]],
-    new_tokens: int = NEW_TOKENS,
-    *,
-    ignore_eos: bool = False,
-) -> list[Asked]:
+def ask(way: str, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, *, ignore_eos: bool = False) -> list[Asked]:
     """Requests of one of WAYS."""
     options = {"custom_params": WAYS[way], "ignore_eos": ignore_eos}
-    return [Asked(way, options, new_tokens, answer(model, facts, prompt, new_tokens, **options)) for prompt in prompts]
+    cases = answers([Question(prompt, new_tokens, **options) for prompt in prompts])
+    return [Asked(way, options, new_tokens, case) for case in cases]
 
 
 def ask_sampled(
-    model: Llada2ForDiffusion,
-    facts: CheckpointFacts,
-    prompts: list[list[int]],
-    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = SAMPLED,
+    prompts: list[list[int]], ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = SAMPLED
 ) -> list[Asked]:
     """A request for each prompt, in these ways in turn, with a seed of its own."""
-    out = []
+    questions, named = [], []
     for seed, prompt in enumerate(prompts):
         way = list(ways)[seed % len(ways)]
         numbers, custom_params = ways[way]
         sampling = Sampling(**{"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, **numbers}, seed=seed)
         common: dict[str, Any] = {"custom_params": custom_params, "ignore_eos": True}
-        case = answer(model, facts, prompt, NEW_TOKENS, **common, sampling=sampling)
-        out.append(Asked(way, {**common, **numbers, "sampling_seed": seed}, NEW_TOKENS, case))
-    return out
+        questions.append(Question(prompt, NEW_TOKENS, **common, sampling=sampling))
+        named.append((way, {**common, **numbers, "sampling_seed": seed}))
+    return [Asked(*name, NEW_TOKENS, case) for name, case in zip(named, answers(questions), strict=True)]
 
 
-def ask_shaped(model: Llada2ForDiffusion, facts: CheckpointFacts, way: str, prompts: list[list[int]]) -> list[Asked]:
+def ask_shaped(way: str, prompts: list[list[int]], facts: CheckpointFacts) -> list[Asked]:
     """Requests of one of SHAPED."""
     options, values, custom_params = SHAPED[way]
     wishes, sampling = Wishes(**values, ends=facts.stop_ids), None
     if "temperature" in options:
         sampling = Sampling(options["temperature"], 1 << 30, 1.0, 0.0, options["sampling_seed"])
-    out = []
-    for prompt in prompts:
-        case = answer(model, facts, prompt, NEW_TOKENS, custom_params=custom_params, sampling=sampling, wishes=wishes)
-        out.append(Asked(way, {"custom_params": custom_params, **options}, NEW_TOKENS, case))
-    return out
+    how: dict[str, Any] = {"custom_params": custom_params, "sampling": sampling, "wishes": wishes}
+    cases = answers([Question(prompt, NEW_TOKENS, **how) for prompt in prompts])
+    return [Asked(way, {"custom_params": custom_params, **options}, NEW_TOKENS, case) for case in cases]
 
 
-def answer(
-    model: Llada2ForDiffusion,
-    facts: CheckpointFacts,
-    prompt: list[int],
-    new_tokens: int,
-    *,
-    custom_params: dict[str, Any],
-    ignore_eos: bool = False,
-    sampling: Sampling | None = None,
-    wishes: Wishes | None = None,
-) -> Case:
-    """What the reference answers."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the reference is asked."""
+
+    prompt: list[int]
+    new_tokens: int
+    custom_params: dict[str, Any]
+    ignore_eos: bool = False
+    sampling: Sampling | None = None
+    wishes: Wishes | None = None
+
+
+def answers(questions: list[Question]) -> list[Case]:
+    """What the reference answers, worked out on two cores."""
+    return list(workers().map(answer, questions, chunksize=4))
+
+
+@functools.cache
+def workers() -> ProcessPoolExecutor:
+    """Processes that keep the reference."""
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+
+def answer(question: Question) -> Case:
+    """What the reference answers to one."""
     torch.set_num_threads(1)
-    params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(custom_params)
-    facts = replace(facts, stop_ids=frozenset()) if ignore_eos else facts
-    return Case(prompt, generate_as(replace(params, sampling=sampling), model, prompt, new_tokens, facts, wishes))
+    model, facts = loaded(CHECKPOINT)
+    params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(question.custom_params)
+    params = replace(params, sampling=question.sampling)
+    facts = replace(facts, stop_ids=frozenset()) if question.ignore_eos else facts
+    said = generate_as(params, model, question.prompt, question.new_tokens, facts, question.wishes)
+    return Case(question.prompt, said)
 
 
 def babble(count: int, seed: int = 0) -> list[list[int]]:
