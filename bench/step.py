@@ -1,8 +1,8 @@
-"""Host time of a step between forwards, with a model and a decode that cost nothing: `python -m bench.step`.
+"""Host time of a step between forwards, with a model that costs nothing: `python -m bench.step`.
 
-What stands between one step's outcome and the next launch: the scheduler reads it, commits, plans and builds the batch.
-Booking (streams, stop strings, the radix tree) is not part of it: a device works meanwhile. One line per number of
-rows, then one JSON record.
+What stands between one step's outcome and the next forward: the scheduler reads it, takes what the next step depends
+on, plans and builds the batch. The rest of a turn is printed too, but a device works meanwhile: enqueueing the decision
+and taking the others' (and booking, which is not run here). One line per number of rows, then one JSON record.
 """
 
 from __future__ import annotations
@@ -24,46 +24,37 @@ from bench.records import ROOT, new_record
 from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
-from sglang_llada.decode.decide import fresh, idle, numbers
+from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
 from sglang_llada.host.executor import Executor
 from sglang_llada.host.scheduler import LladaScheduler
 
 T, MASK = 32, 2
 ROWS = (1, 8, 32, 128)
-BLOCKS = 24  # of each request, so that 128 rows have their pages
+BLOCKS = 100  # of each request
+DECIDED = 4  # positions a step
 
 
-class NoDecider:
-    """Decides one position after the other, of all rows at once, and looks at nothing."""
+class FirstOpen:
+    """Decides the first open positions of each row and looks at nothing."""
 
     block_size, tokens = T, Tokens(MASK)
     idle = idle(T, Tokens(MASK))
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=400))
 
-    def __init__(self) -> None:
-        self.step = 0
-        self.outs: dict[int, list[StepOut]] = {}  # by number of rows: requests, and seals beside them
-
-    def __call__(self, hidden: Any, ids: Any, table: torch.Tensor, count: int, **_: Any) -> StepOut:
-        if len(table) not in self.outs:
-            self.outs[len(table)] = [outcome(len(table), decided) for decided in range(1, T + 1)]
-        self.step += 1
-        return self.outs[len(table)][(self.step - 1) % T]
-
-
-def outcome(rows: int, decided: int) -> StepOut:
-    """Rows of which the first positions are decided."""
-    is_open = (torch.arange(T) >= decided).repeat(rows, 1)
-    zeros = torch.zeros(rows, dtype=torch.int64)
-    return StepOut(
-        ids=torch.where(is_open, MASK, 70),
-        open=is_open,
-        done=~is_open.any(-1),
-        state=State(zeros, zeros, zeros.new_zeros(rows, 0)),
-        written=~is_open,
-        origin=torch.arange(T).repeat(rows, 1),
-        prob=torch.ones(rows, T),
-    )
+    def __call__(self, hidden: Any, ids: torch.Tensor, table: torch.Tensor, count: int, **_: Any) -> StepOut:
+        rows = len(table)
+        is_open = (table[:, OPEN_COLUMN] << DECIDED)[:, None] >> torch.arange(T) & 1 == 1  # they are the last ones
+        ids = ids.view(rows, T)
+        still = ids.new_zeros(rows)
+        return StepOut(
+            ids=torch.where((ids == MASK) & ~is_open, 70, ids),
+            open=is_open,
+            done=~is_open.any(-1),
+            state=State(still, still, ids.new_zeros(rows, 0)),
+            written=~is_open,
+            origin=torch.arange(T).repeat(rows, 1),
+            prob=torch.ones(rows, T),
+        )
 
 
 def main() -> None:
@@ -80,25 +71,31 @@ def main() -> None:
     for rows in ROWS:
         samples = [measure(rows) for _ in range(args.repeats + 1)][1:]
         out["milliseconds"][rows] = samples
-        print(f"{rows:4} rows: {median(samples):.3f} ms ({min(samples):.3f}-{max(samples):.3f})")
-    times = {rows: median(samples) for rows, samples in out["milliseconds"].items()}
+        gaps, others = zip(*samples, strict=True)
+        spread = f"({min(gaps):.3f}-{max(gaps):.3f})"
+        print(f"{rows:4} rows: {median(gaps):.3f} ms {spread}, and {median(others):.3f} ms while a device works")
+    times = {rows: median(gap for gap, _ in samples) for rows, samples in out["milliseconds"].items()}
     slope = 1e3 * (times[128] - times[32]) / 96
     print(f"from 32 to 128 rows: {slope:.1f} microseconds a row")
     print(json.dumps(out))
 
 
 @torch.inference_mode()
-def measure(rows: int) -> float:
-    """Milliseconds per step over the blocks of that many requests."""
+def measure(rows: int) -> tuple[float, float]:
+    """Milliseconds per step between forwards, and of the rest, over the blocks of that many requests."""
     scheduler = scheduler_with(rows)
-    steps = (BLOCKS - 1) * T
-    begin = time.perf_counter()
+    forward = scheduler.executor.runner
+    steps = (BLOCKS - 1) * T // DECIDED
+    gap, started = 0.0, time.perf_counter()
     for _ in range(steps):
+        begin = time.perf_counter()
         scheduler._read()
         scheduler._end_aborted()
         scheduler._launch()
+        gap += forward.called - begin
+        scheduler._take_rest()
         scheduler.unbooked.clear()
-    return 1e3 * (time.perf_counter() - begin) / steps
+    return 1e3 * gap / steps, 1e3 * (time.perf_counter() - started - gap) / steps
 
 
 def scheduler_with(rows: int) -> LladaScheduler:
@@ -108,7 +105,7 @@ def scheduler_with(rows: int) -> LladaScheduler:
         params = DecodeConfig.defaults(T)
         request = Request(
             rid=str(i),
-            prompt=[70] * T,
+            prompt=[70] * (T + DECIDED * i % T),  # blocks end in turn, not all at once
             max_new_tokens=BLOCKS * T,
             stop_ids=frozenset({1}),
             params=params,
@@ -119,28 +116,33 @@ def scheduler_with(rows: int) -> LladaScheduler:
             slot=i,
             room=(BLOCKS + 1) * T,
         )
+        scheduler.executor.stops[list(request.stop_ids)] = True
         scheduler.table.add(request)
-        scheduler.table.readmit(request.rid, T)
+        scheduler.table.readmit(request.rid, request.live_from)
         scheduler.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
     scheduler.running_batch.reqs = list(scheduler.reqs.values())
     return scheduler
 
 
 def idle_scheduler(rows: int) -> LladaScheduler:
-    """The scheduler without the host around it, on a runner whose forward gives back its input."""
+    """The scheduler without the host around it, on a runner whose forward gives back its input and notes the time."""
+
+    def forward(batch: Any) -> Any:
+        runner.called = time.perf_counter()
+        return SimpleNamespace(logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False)
+
     runner = SimpleNamespace(
         device="cpu",
-        model=NoDecider.model,
+        model=FirstOpen.model,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(rows * (BLOCKS + 2) * T).view(rows, -1).int()),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
-        forward=lambda batch: SimpleNamespace(
-            logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False
-        ),
+        forward=forward,
     )
     scheduler: LladaScheduler = object.__new__(LladaScheduler)
-    scheduler.executor = Executor(runner, NoDecider())  # type: ignore[arg-type]
+    scheduler.executor = Executor(runner, FirstOpen())  # type: ignore[arg-type]
     scheduler.facts = SimpleNamespace(block_size=T)
-    scheduler.table, scheduler.reqs, scheduler.unbooked, scheduler.in_flight = Table(), {}, [], None
+    scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
+    scheduler.in_flight, scheduler.landed, scheduler.going_on = None, None, []
     scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
     scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
     scheduler.running_batch = SimpleNamespace(reqs=[])

@@ -126,6 +126,9 @@ class Request(Generic[P]):
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only carried here
     plain: bool = True  # whether a step need not look at `params`; only carried here
     noted: bool = False  # whether notes are kept on its tokens
+    # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
+    # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().
+    patient: bool = False
     slot: int = -1  # where the host keeps its KV; written by the scheduler, only carried here
     room: int = 0  # positions that have a place for KV there; the same
     rules: Rules = Rules()
@@ -292,9 +295,11 @@ class Request(Generic[P]):
         if start >= self.live_from:
             return self.block_at(start).tokens
         stop, n = start + self.block_size, len(self.prompt)
+        if start >= n:
+            return self.output[start - n : stop - n]
         if stop <= n:
             return list(self.prompt[start:stop])
-        return list(self.prompt[start:n]) + self.output[max(start - n, 0) : stop - n]
+        return list(self.prompt[start:n]) + self.output[: stop - n]
 
     def check(self) -> None:
         """Raise IntegrityError if the fields contradict one another."""
@@ -400,6 +405,8 @@ class Request(Generic[P]):
         tokens = given + [self.mask_id] * holes
         notes = [None] * T if self.noted else []
         self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, notes))
+        only = self.plain and self.rules.window == self.rules.live_blocks == 1 and self.rules.max_nfe == 0
+        self.patient = only and start + T < len(self.prompt) + self.max_new_tokens
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing.

@@ -1,9 +1,10 @@
 """The tensor part of a step, from hidden states to decisions: the same code eagerly and inside a CUDA graph.
 
 What a step must know of each row stands in one int64 table, so that one copy takes it to the device and a graph reads
-it in one place. A row's record is the sets of its open positions and of those that may be edited once they are decided
-(bit i for position i), its algorithm, its parameters and the state of its block; floats are kept as the bits of a
-float64. Rows that decide nothing
+it in one place. A row's record is the set of its open positions (bit i for position i), the state of its block, the set
+of positions that may be edited once they are decided, its algorithm and its parameters; floats are kept as the bits of
+a float64. What a step gives back of a row begins with its tokens and the first two of these, so that its next record
+begins where the last one ended. Rows that decide nothing
 (FILL, SEAL, padding) have the idle record. Every algorithm that a row asks for steps over all rows, and each row takes
 what its own says: no row waits for another's kind.
 """
@@ -25,19 +26,18 @@ from sglang_llada.decode.whole import Group, choose
 
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
 
-# Of a record, before the memory of its block.
-MARKS = ("open", "editable")
+# Of a record: the set of open positions and the state, which change from step to step, then what stays as it is.
+OPEN_COLUMN = 0
+COUNTS = ("step", "edits")  # of a state, before the memory
 NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
-STATE = ("step", "edits")
-COLUMNS = (*MARKS, "algorithm", *NUMBERS, *FLOATS, *STATE)
-OPEN_COLUMN, EDITABLE_COLUMN, ALGORITHM_COLUMN = map(COLUMNS.index, ("open", "editable", "algorithm"))
-STATE_COLUMN = COLUMNS.index(STATE[0])  # here it begins
+STAYS = ("editable", "algorithm", *NUMBERS, *FLOATS)
+EDITABLE_COLUMN, ALGORITHM_COLUMN = (STAYS.index(name) - len(STAYS) for name in ("editable", "algorithm"))
 
 
 def fresh(block_size: int, tokens: Tokens) -> list[int]:
     """The state of a block that no step has seen, as it goes through records and comes back from steps."""
-    return [0] * len(STATE) + [-1] * (levenshtein.memory_size(block_size) if tokens.indel else 0)
+    return [0] * len(COUNTS) + [-1] * (levenshtein.memory_size(block_size) if tokens.indel else 0)
 
 
 def numbers(params: DecodeConfig) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def numbers(params: DecodeConfig) -> tuple[int, ...]:
 
 def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int]) -> list[int]:
     """The record of a DENOISE row; a position that is in both sets is open."""
-    return [is_open, editable, *numbers, *state]
+    return [is_open, *state, editable, *numbers]
 
 
 def idle(block_size: int, tokens: Tokens) -> list[int]:
@@ -58,30 +58,31 @@ def idle(block_size: int, tokens: Tokens) -> list[int]:
 
 def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple[BlockRows, State, Params, Tensor]:
     """A step's arguments and each row's algorithm [R]: ids [R * T] of the forward, table [R, width of a record]."""
-    known, positions = len(COLUMNS), torch.arange(block_size, device=table.device)
-    marks = (table[:, : len(MARKS), None] >> positions & 1).bool()
-    column = dict(zip(COLUMNS, table[:, :known].unbind(-1), strict=True))
+    positions = torch.arange(block_size, device=table.device)
+    step, edits = table[:, 1 : 1 + len(COUNTS)].unbind(-1)
+    column = dict(zip(STAYS, table[:, -len(STAYS) :].unbind(-1), strict=True))
+    is_open, editable = (sets[:, None] >> positions & 1 == 1 for sets in (table[:, OPEN_COLUMN], column["editable"]))
     floats = {name: column[name].view(torch.float64).float() for name in FLOATS}
     integers = {name: column[name] for name in NUMBERS}
     integers["cumulative_budget"] = integers["cumulative_budget"].bool()
     return (
-        BlockRows(ids=ids.view(-1, block_size), open=marks[:, 0], editable=marks[:, 1] & ~marks[:, 0]),
-        State(**{name: column[name] for name in STATE}, memory=table[:, known:]),
+        BlockRows(ids=ids.view(-1, block_size), open=is_open, editable=editable & ~is_open),
+        State(step=step, edits=edits, memory=table[:, 1 + len(COUNTS) : -len(STAYS)]),
         Params(**integers, **floats, tokens=tokens),
         column["algorithm"],
     )
 
 
 def pack(out: StepOut, *, trace: bool = False) -> Tensor:
-    """All that the host reads of a step, int64 [R, 2 T + 1 + len(fresh)]: ids, open, done, the state.
+    """All that the host reads of a step, int64 [R, T + 2 + len(fresh)]: ids, the set of open ones, the state, done.
 
     With `trace` [R, 3 T] more: written, origin, and prob as the bits of a float64.
     """
     assert out.state.memory is not None
-    flags = torch.cat((out.open, out.done[:, None]), dim=-1).long()
-    counts = [getattr(out.state, name)[:, None] for name in STATE]
+    is_open = (out.open.long() << torch.arange(out.ids.shape[1], device=out.ids.device)).sum(-1)
+    counts = [getattr(out.state, name)[:, None] for name in COUNTS]
     more = (out.written.long(), out.origin, out.prob.double().view(torch.int64)) if trace else ()
-    return torch.cat((out.ids, flags, *counts, out.state.memory, *more), dim=-1)
+    return torch.cat((out.ids, is_open[:, None], *counts, out.state.memory, out.done.long()[:, None], *more), dim=-1)
 
 
 def decide(

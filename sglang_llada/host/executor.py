@@ -8,9 +8,10 @@ captured CUDA graph decides inside it (graphs.py), every other one right after i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.forward_batch_info import (
@@ -25,11 +26,11 @@ from torch import Tensor
 from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import STATE_COLUMN, decide, idle, number, pack
+from sglang_llada.decode.decide import STAYS, decide, idle, number, pack
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of
-from sglang_llada.host.rows import Outcome, Rows, Writer, may_edit, send
+from sglang_llada.host.rows import Flags, Outcome, Rows, Writer, may_edit, offsets, send
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 
@@ -40,8 +41,10 @@ class InFlight:
     Attributes:
         plan: its rows.
         rows: they as the device got them.
-        deciding: which of them decide.
-        outcome: what those decided (decide.pack), still on the device; None if there are none.
+        deciding: which of them decide, bool [R].
+        patient: of those, the ones of patient requests.
+        own: their positions that are not a prompt's, bool [R, T].
+        outcome: what was decided (decide.pack), still on the device; None if no row decides.
         replayed: whether a graph ran it.
         groups: requests with more to them than their best tokens.
         reports: the log-probabilities that some of them want, see whole.report().
@@ -49,7 +52,9 @@ class InFlight:
 
     plan: Plan
     rows: Rows
-    deciding: list[int]
+    deciding: Flags
+    patient: Flags
+    own: Flags
     outcome: Tensor | None
     replayed: bool
     groups: list[RequestGroup]
@@ -62,10 +67,52 @@ class Decision(NamedTuple):
     request: Request[DecodeConfig]
     blocks: list[Decided] | None
 
+
+class Landed(NamedTuple):
+    """A step that was read.
+
+    Attributes:
+        rows: as planned.
+        outcome: what was made of them.
+        urgent: of which rows what follows depends on it: those that are done, have a stop token now or logits that are
+            not finite, and all of requests that are not patient; bool [R].
+        calm: the other rows that decide, bool [R].
+        reports: log-probabilities by request id and position.
+    """
+
+    rows: list[Row]
+    outcome: Outcome
+    urgent: Flags
+    calm: Flags
+    reports: dict[str, dict[int, list[float]]]
+
+    def decisions(self, which: Flags) -> list[Decision]:
+        """Those for some rows, with all or none of a request's among them."""
+        at = which.nonzero()[0]
+        if not len(at):
+            return []
+        decisions: list[Decision] = []
+        blocks: list[Decided] = []
+        sound = True
+        for r, decided in zip(at.tolist(), self.outcome.decided(at), strict=True):
+            row = self.rows[r]
+            request = row.request
+            sound &= decided.tokens[0] >= 0
+            if request.noted:
+                decided = noted(row, decided, self.outcome.trace(r), self.reports.get(request.rid, {}))
+            if decisions and decisions[-1].request is request:
+                blocks.append(decided)
+            else:
+                blocks = [decided]
+                decisions.append(Decision(request, blocks))
+        if sound:
+            return decisions
+        return [Decision(r, None if any(b.tokens[0] < 0 for b in blocks or ()) else blocks) for r, blocks in decisions]
+
     @property
-    def sound(self) -> bool:
-        """Whether all blocks have tokens."""
-        return all(decided.tokens[0] >= 0 for decided in self.blocks or ())
+    def going_on(self) -> list[Row]:
+        """The calm rows, which the next step has too unless their requests end or are retracted."""
+        return list(compress(self.rows, self.calm.tolist()))
 
 
 class Note(NamedTuple):
@@ -119,8 +166,12 @@ class Executor:
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.offsets = torch.arange(self.block_size, device=self.device)
         self.writer = Writer(self.block_size, decider.idle)
+        # Which tokens end some request, or stand for logits that are not finite (-1). Where they are another request's
+        # a row is urgent that need not be.
+        self.stops = np.zeros(decider.model.config.vocab_size + 1, bool)
+        self.stops[-1] = True
         self.counts_tokens = enable_num_token_non_padded()
-        self.shapes: dict[int, tuple[Tensor, Tensor]] = {}  # by number of rows: their lengths, and where each begins
+        self.shapes: dict[int, ForwardBatch] = {}  # by number of rows
         # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
 
@@ -132,21 +183,23 @@ class Executor:
             of_ranks: under DP attention, the rows of each of its ranks in this forward.
         """
         planned = plan.rows
-        tokens, records = self.writer.write(plan)
-        slots, starts = [row.request.slot for row in planned], [row.start for row in planned]
-        rows = send(tokens, records, slots, starts, self.req_to_token.shape[1], self.device)
+        written = self.writer.write(plan)
+        rows = send(written, self.block_size, self.req_to_token.shape[1], self.device)
         batch = self.forward_batch(rows, of_ranks)
         batch.step_table = rows.table  # for the graph runner
         output = self.runner.forward(batch)
+        self.writer.follow(plan, written)
         special = [(r, row) for r, row in enumerate(planned) if not row.request.plain]
         asking = self._groups(special) if special else []
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
-        deciding = [r for r, row in enumerate(planned) if row.block is not None]
+        begins = np.array([self.block_size if row.block is None else row.block.given for row in planned])
+        deciding = begins < self.block_size
+        patient = np.array([row.request.patient for row in planned], bool) & deciding
         decided = None
-        if deciding and output.can_run_graph and not any(group.chooses for group in groups):
+        if deciding.any() and output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
-        elif deciding:
+        elif deciding.any():
             hidden_of_rows = hidden[: len(planned) * self.block_size]
             options: dict[str, Any] = {"groups": groups, "codes": rows.algorithms}
             decided = self.decide(hidden_of_rows, rows.ids, rows.table, rows.changeable, **options)
@@ -157,32 +210,20 @@ class Executor:
             blocks, unmoved = rows.ids.view(-1, self.block_size), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
             reports = self.decide.report(hidden, groups, *after)
-        return InFlight(plan, rows, deciding, outcome, output.can_run_graph, asking, reports)
+        own = offsets(self.block_size) >= begins[:, None]
+        return InFlight(plan, rows, deciding, patient, own, outcome, output.can_run_graph, asking, reports)
 
-    def read(self, launched: InFlight) -> list[Decision]:
-        """Wait for a step and bring its decisions to the host: the step's one device-to-host read."""
+    def read(self, launched: InFlight) -> Landed | None:
+        """Wait for a step and bring its outcome to the host, its one device-to-host read; None if no row decided."""
         reports = self._read_reports(launched)
         if launched.outcome is None:
-            return []
-        planned, at, state_size = launched.plan.rows, launched.deciding, len(self.decide.idle) - STATE_COLUMN
-        outcome = Outcome.read(launched.outcome, at, self.block_size, state_size)
-        self.writer.keep(launched.rows, outcome, at)
-        traces = outcome.trace.tolist()
-        each = zip(outcome.tokens, outcome.open.tolist(), outcome.done, outcome.state.tolist(), strict=True)
-        decisions: list[Decision] = []
-        blocks: list[Decided] = []
-        for r, made, trace in zip(at, each, traces, strict=True):
-            request, decided = planned[r].request, Decided(*made)
-            if request.noted:
-                decided = noted(planned[r], decided, trace, reports.get(request.rid, {}))
-            if decisions and decisions[-1].request is request:
-                blocks.append(decided)
-            else:
-                blocks = [decided]
-                decisions.append(Decision(request, blocks))
-        if outcome.sound:
-            return decisions
-        return [each if each.sound else Decision(each.request, None) for each in decisions]
+            return None
+        numbers = launched.outcome.cpu().numpy()[: len(launched.deciding)]
+        outcome = Outcome(numbers, self.block_size, len(self.decide.idle) - 1 - len(STAYS))
+        self.writer.keep(outcome)
+        stops = (self.stops[outcome.ids] & launched.own).any(-1)
+        calm = launched.patient & (outcome.done == 0) & ~stops
+        return Landed(launched.plan.rows, outcome, launched.deciding ^ calm, calm, reports)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -248,31 +289,15 @@ class Executor:
         """The host's batch of rows."""
         T, R = self.block_size, len(rows.starts)
         if R not in self.shapes:
-            lengths = torch.full((R,), T, dtype=torch.int32, device=self.device)
-            self.shapes[R] = (lengths, torch.arange(0, R * T, T, dtype=torch.int32, device=self.device))
-        lengths, begins = self.shapes[R]
-        pages = self.req_to_token.view(-1).index_select(0, rows.page).long()  # a block is a page of KV
-        batch = ForwardBatch(
-            forward_mode=ForwardMode.DLLM_EXTEND if R else ForwardMode.IDLE,
-            batch_size=R,
-            input_ids=rows.ids,
-            req_pool_indices=rows.slot,
-            seq_lens=rows.end,
-            out_cache_loc=(pages[:, None] + self.offsets).view(-1),
-            seq_lens_sum=sum(rows.starts) + R * T,
-            seq_lens_cpu=torch.from_numpy(rows.ends),
-            req_pool_indices_cpu=torch.from_numpy(rows.slots),
-            positions=rows.positions,
-            capture_hidden_mode=CaptureHiddenMode.NULL,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-            extend_num_tokens=R * T,
-            extend_seq_lens=lengths,
-            extend_prefix_lens=rows.start.int(),
-            extend_start_loc=begins,
-            extend_seq_lens_cpu=[T] * R,
-            extend_prefix_lens_cpu=rows.starts,
-            extend_logprob_start_lens_cpu=[T] * R,
-        )
+            self.shapes[R] = self._batch_of(R)
+        batch = object.__new__(ForwardBatch)
+        vars(batch).update(vars(self.shapes[R]))
+        batch.input_ids, batch.positions = rows.ids, rows.positions
+        batch.req_pool_indices, batch.req_pool_indices_cpu = rows.slot, torch.from_numpy(rows.slots)
+        batch.seq_lens, batch.seq_lens_cpu = rows.end, torch.from_numpy(rows.ends)
+        batch.seq_lens_sum = sum(rows.starts) + R * T
+        batch.extend_prefix_lens, batch.extend_prefix_lens_cpu = rows.start.int(), rows.starts
+        batch.out_cache_loc = self.req_to_token.view(-1).index_select(0, rows.places).long()
         if of_ranks is not None:
             tokens = [each * T for each in of_ranks]
             batch.is_extend_in_batch = True
@@ -287,6 +312,27 @@ class Executor:
         if self.counts_tokens:
             batch.global_num_token_non_padded = torch.tensor(R * T, dtype=torch.int32).to(self.device)
         return batch
+
+    def _batch_of(self, rows: int) -> ForwardBatch:
+        """What is the same in all batches of so many rows."""
+        T, R = self.block_size, rows
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return ForwardBatch(
+            forward_mode=ForwardMode.DLLM_EXTEND if R else ForwardMode.IDLE,
+            batch_size=R,
+            input_ids=none,
+            req_pool_indices=none,
+            seq_lens=none,
+            out_cache_loc=none,
+            seq_lens_sum=0,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+            extend_num_tokens=R * T,
+            extend_seq_lens=torch.full((R,), T, dtype=torch.int32, device=self.device),
+            extend_start_loc=torch.arange(0, R * T, T, dtype=torch.int32, device=self.device),
+            extend_seq_lens_cpu=[T] * R,
+            extend_logprob_start_lens_cpu=[T] * R,
+        )
 
 
 def tokens_of(facts: CheckpointFacts) -> Tokens:

@@ -10,34 +10,37 @@ from __future__ import annotations
 
 from array import array
 from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_llada.blocks import Block, Plan, Request
+from sglang_llada.blocks import Block, Decided, Plan, Request, Row
+from sglang_llada.blocks.planner import BLOCK
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.decide import ALGORITHM_COLUMN, EDITABLE_COLUMN, OPEN_COLUMN, STATE_COLUMN, record
+from sglang_llada.decode.decide import ALGORITHM_COLUMN, EDITABLE_COLUMN, OPEN_COLUMN, record
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Rows(NamedTuple):
     """R rows of T tokens: what the device gets, and what the host keeps of it.
 
-    ids, positions: int64 [R * T]. table: int64 [R, K], their records. slot, start, end: int64 [R], where each one's
-    request stands in req_to_token, its first position, and the one behind its last. page: int64 [R], where in a flat
-    req_to_token the place of its KV is told. All these are on the device; ends, slots, starts and records on the host.
+    ids, positions: int64 [R * T]. places: int64 [R * T], where in a flat req_to_token it is told where their KV goes.
+    table: int64 [R, K], their records. slot, start, end: int64 [R], where each one's request stands in req_to_token,
+    its first position, and the one behind its last. All these are on the device, the others on the host.
     """
 
     ids: Tensor
     positions: Tensor
+    places: Tensor
     table: Tensor
     slot: Tensor
     start: Tensor
     end: Tensor
-    page: Tensor
     records: Numbers
     slots: Numbers
     ends: Numbers
@@ -54,98 +57,106 @@ class Rows(NamedTuple):
         return sum(map(int.bit_count, (self.records[:, OPEN_COLUMN] | self.records[:, EDITABLE_COLUMN]).tolist()))
 
 
-def send(tokens: Numbers, records: Numbers, slots: list[int], starts: list[int], width: int, device: Any) -> Rows:
-    """Rows on the device: tokens [R, T], records [R, K], each row's slot and start, and the width of req_to_token."""
-    (R, T), K = tokens.shape, records.shape[1]
-    slot, start = np.array(slots, np.int64), np.array(starts, np.int64)
+def send(written: Numbers, block_size: int, width: int, device: Any) -> Rows:
+    """Rows as Writer.write() gives them on the device; width: of req_to_token."""
+    R, T, K = len(written), block_size, written.shape[1] - block_size - 2
+    tokens, records, slot, start = written[:, :T], written[:, T:-2], written[:, -2], written[:, -1]
     end, positions = start + T, start[:, None] + offsets(T)
-    parts = (tokens.ravel(), positions.ravel(), records.ravel(), slot, start, end, slot * width + start)
+    places = positions + (slot * width)[:, None]
+    parts = (tokens.ravel(), positions.ravel(), places.ravel(), records.ravel(), slot, start, end)
     packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    there = packed.split_with_sizes((R * T, R * T, R * K, R, R, R, R))
-    ids, at, table, slot_there, start_there, end_there, page = there
-    return Rows(ids, at, table.view(R, K), slot_there, start_there, end_there, page, records, slot, end, starts)
+    ids, at, to, table, slots, starts, ends = packed.split_with_sizes((R * T, R * T, R * T, R * K, R, R, R))
+    return Rows(ids, at, to, table.view(R, K), slots, starts, ends, records, slot, end, start.tolist())
 
 
 class Outcome(NamedTuple):
-    """What a step made of N rows, as decide.pack() gives it, on the host.
+    """What a step made of R rows, on the host.
 
-    ids: int64 [N, T]. open: int64 [N], the sets of positions that are open. done: N of bool. state: int64 [N, S].
-    trace: int64 [N, 3 T], or of no width. tokens: the ids as lists.
+    numbers: int64 [R, W], as decide.pack() gives them. state_size: columns of a state, S.
     """
 
-    ids: Numbers
-    open: Numbers
-    done: list[bool]
-    state: Numbers
-    trace: Numbers
-    tokens: list[list[int]]
-
-    @staticmethod
-    def read(packed: Tensor, at: list[int], block_size: int, state_size: int) -> Outcome:
-        """The outcome of rows `at`. Waits for the device: a step's one read from it."""
-        numbers, T, end = packed.cpu().numpy(), block_size, 2 * block_size + 1 + state_size
-        if len(at) < len(numbers):
-            numbers = numbers[at]
-        ids, flags, done = numbers[:, :T], numbers[:, T : 2 * T], numbers[:, 2 * T]
-        is_open = flags @ powers(T)
-        state, trace = numbers[:, 2 * T + 1 : end], numbers[:, end:]
-        return Outcome(ids, is_open, list(map(bool, done.tolist())), state, trace, ids.tolist())
+    numbers: Numbers
+    block_size: int
+    state_size: int
 
     @property
-    def sound(self) -> bool:
-        """Whether all logits that mattered were finite."""
-        return -1 not in self.ids[:, 0].tolist()
+    def ids(self) -> Numbers:
+        """[R, T]."""
+        return self.numbers[:, : self.block_size]
+
+    @property
+    def carried(self) -> Numbers:
+        """What the next step's rows begin with, [R, T + 1 + S]."""
+        return self.numbers[:, : self.block_size + 1 + self.state_size]
+
+    @property
+    def done(self) -> Numbers:
+        """0 or 1, [R]."""
+        return self.numbers[:, self.block_size + 1 + self.state_size]
+
+    def decided(self, which: Numbers) -> list[Decided]:
+        """What the step made of some of its rows."""
+        T, end = self.block_size, self.block_size + 1 + self.state_size
+        rows = self.numbers[which, : end + 1].tolist()
+        return [Decided(row[:T], row[T], row[end] == 1, row[T + 1 : end]) for row in rows]
+
+    def trace(self, row: int) -> list[int]:
+        """Of a row of a step that was told to give them: written, origin and prob, 3 T."""
+        numbers: list[int] = self.numbers[row, self.block_size + 2 + self.state_size :].tolist()
+        return numbers
 
 
 class Writer:
-    """Writes the rows of plan after plan."""
+    """Writes the rows of plan after plan, int64 [R, T + K + 2]: tokens, record, slot of the request, first position."""
 
     def __init__(self, block_size: int, idle: list[int]) -> None:
         """`idle`: the record of a row that decides nothing."""
         self.block_size, self.idle = block_size, idle
-        self.tokens: Numbers = np.empty((0, block_size), np.int64)
-        self.records: Numbers = np.empty((0, len(idle)), np.int64)
-        # Where in those a block's row stands, by the identity of its token list: a block that the host has changed, or
-        # that did not take part in the last step, has another list. `given` keeps the lists, and so their identities.
-        self.given: list[list[int]] = []
+        self.planned: list[Row] = []
+        self.rows: Numbers = np.empty((0, block_size + len(idle) + 2), np.int64)
+        # Where in those each block's row stands that goes on as the step left it; by the identities of the blocks,
+        # which `planned` keeps.
         self.row_of: dict[int, int] = {}
 
-    def keep(self, rows: Rows, outcome: Outcome, at: list[int]) -> None:
-        """Note what a step made of rows `at`, whose blocks now have the token lists of the outcome."""
-        self.given = outcome.tokens
-        self.row_of = dict(zip(map(id, outcome.tokens), range(len(at)), strict=True))
-        self.tokens, self.records = outcome.ids, rows.records if len(at) == len(rows.records) else rows.records[at]
-        self.records[:, OPEN_COLUMN], self.records[:, STATE_COLUMN:] = outcome.open, outcome.state
+    def follow(self, plan: Plan, written: Numbers) -> None:
+        """Note which rows a step has."""
+        self.planned, self.rows = plan.rows, written
+        self.row_of = {
+            id(row.block): r
+            for r, row in enumerate(plan.rows)
+            if row.block is not None and not row.block.done  # whose state stays fresh
+        }
 
-    def write(self, plan: Plan) -> tuple[Numbers, Numbers]:
-        """Tokens [R, T] and records [R, K] of a plan's rows."""
-        rows, T = plan.rows, self.block_size
-        known = self.row_of.get
-        kept = [-1 if row.block is None or row.block.done else known(id(row.block.tokens), -1) for row in rows]
-        if kept == list(range(len(self.tokens))):
-            return self.tokens, self.records
-        if -1 not in kept:
-            return self.tokens[kept], self.records[kept]
+    def keep(self, outcome: Outcome) -> None:
+        """Note what it made of them: what was written becomes what is to be written next."""
+        carried = outcome.carried
+        self.rows[:, : carried.shape[1]] = carried
+        for r in outcome.done.nonzero()[0].tolist():
+            self.forget(self.planned[r].block)
+
+    def forget(self, block: Block | None) -> None:
+        """The block does not go on as the step left it, or not where it was."""
+        self.row_of.pop(id(block), None)
+
+    def write(self, plan: Plan) -> Numbers:
+        """The rows of a plan."""
+        source = list(map(self.row_of.get, map(id, map(BLOCK, plan.rows)), repeat(-1)))
+        new = [r for r, kept in enumerate(source) if kept < 0]
+        if not new:
+            return self.rows[source]
         flat: list[int] = []
-        written: list[int] = []
-        for r, (request, _, start, block) in enumerate(rows):
-            if kept[r] < 0:
-                written.append(r)
-                if block is None:
-                    flat += request.tokens_at(start)
-                    flat += self.idle
-                else:
-                    flat += block.tokens
-                    flat += record(block.open, may_edit(request, block), request.numbers, block.state)
-        new = np.frombuffer(array("q", flat), np.int64).reshape(len(written), T + len(self.idle))
-        if len(written) == len(rows):
-            return new[:, :T], new[:, T:]
-        tokens, records = np.empty((len(rows), T), np.int64), np.empty((len(rows), len(self.idle)), np.int64)
-        others = [r for r, i in enumerate(kept) if i >= 0]
-        came = [kept[r] for r in others]
-        tokens[written], records[written] = new[:, :T], new[:, T:]
-        tokens[others], records[others] = self.tokens[came], self.records[came]
-        return tokens, records
+        for i, r in enumerate(new, len(self.rows)):
+            source[r] = i
+            request, _, start, block = plan.rows[r]
+            if block is None:
+                flat += request.tokens_at(start)
+                flat += self.idle
+            else:
+                flat += block.tokens
+                flat += record(block.open, may_edit(request, block), request.numbers, block.state)
+            flat += request.slot, start
+        added = np.frombuffer(array("q", flat), np.int64).reshape(len(new), -1)
+        return np.concatenate((self.rows, added))[source]
 
 
 def may_edit(request: Request[DecodeConfig], block: Block) -> int:
@@ -159,9 +170,3 @@ def may_edit(request: Request[DecodeConfig], block: Block) -> int:
 def offsets(T: int) -> Numbers:
     """0 to T - 1."""
     return np.arange(T)
-
-
-@cache
-def powers(T: int) -> Numbers:
-    """Of two, so that flags times these make the number that stands for their set."""
-    return 1 << np.arange(T)

@@ -37,13 +37,13 @@ from sglang.srt.observability.req_time_stats import set_time_batch
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
-from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, RowKind, Rules, Table, next_step
+from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowKind, Rules, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider, Executor, InFlight, tokens_of
+from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, tokens_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
@@ -74,6 +74,8 @@ class LladaScheduler(Scheduler):
         self.table = Table()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.in_flight: InFlight | None = None
+        self.landed: Landed | None = None  # the last step, with decisions that are not taken yet
+        self.going_on: list[Row] = []  # of the last step, rows that the next one has too
         self.unbooked: list[Request[DecodeConfig]] = []  # with decisions that the outside has not been told of
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
         self.overlaps = self.device != "cpu"  # whether a launched step runs by itself
@@ -137,12 +139,22 @@ class LladaScheduler(Scheduler):
             self.on_idle()
 
     def _read(self) -> None:
-        """Stage: read the step in flight and take its decisions; what it means for the outside is booked later."""
+        """Stage: read the step in flight and take what the next one depends on; everything else is booked later."""
         if self.in_flight is None:
             return
-        decisions, self.in_flight = self.executor.read(self.in_flight), None
-        for decision in decisions:
-            request, blocks = decision
+        self.landed, self.in_flight = self.executor.read(self.in_flight), None
+        if self.landed is not None:
+            self.going_on = self.landed.going_on
+            self._take(self.landed.decisions(self.landed.urgent))
+
+    def _take_rest(self) -> None:
+        """Take the decisions that the next step's rows did not depend on."""
+        if self.landed is not None:
+            landed, self.landed = self.landed, None
+            self._take(landed.decisions(landed.calm))
+
+    def _take(self, decisions: list[Decision]) -> None:
+        for request, blocks in decisions:
             if request.phase is Phase.DONE:
                 continue  # ended while the step ran, by a stop string or an abort
             if blocks is None:
@@ -166,6 +178,7 @@ class LladaScheduler(Scheduler):
         if reason is None:
             [block], [decided] = request.blocks, blocks
             accepted = conform(shaping.matcher, block, decided, self.facts.mask_id)
+            self.executor.writer.forget(block)
             if accepted is not None:
                 return [accepted]
             reason = "the grammar allows no token of the vocabulary after the output so far"
@@ -183,7 +196,7 @@ class LladaScheduler(Scheduler):
         self._sched_idled = False
         self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
         self.profiler_manager._profile_batch_predicate(self.running_batch)
-        self.in_flight = self.executor.launch(plan, rows if len(rows) > 1 else None)
+        self.in_flight, self.going_on = self.executor.launch(plan, rows if len(rows) > 1 else None), []
         self._count_step(self.in_flight)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
@@ -192,12 +205,13 @@ class LladaScheduler(Scheduler):
     def _plan(self) -> Plan:
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
-            plan = next_step(self.table, self.row_budget)
-            T = self.facts.block_size
-            reach = {row.request.rid: row.start + T for row in plan.rows if row.start >= row.request.room}
+            going_on = [row for row in self.going_on if row.request.phase is Phase.DECODING]
+            plan = next_step(self.table, self.row_budget, going_on)
+            T, others = self.facts.block_size, plan.rows[len(going_on) :]
+            reach = {row.request.rid: row.start + T for row in others if row.start >= row.request.room}
             if not reach or self._ensure_pages(reach):
                 return plan
-            if self.unbooked:
+            if self.unbooked or self.landed is not None:
                 self._book()  # may end requests and so free pages
             else:
                 self._retract_one()
@@ -323,6 +337,8 @@ class LladaScheduler(Scheduler):
                 self.req_to_token_pool.write((kv.req_pool_idx, slice(0, cached)), prefix)
             kv.kv_allocated_len = kv.kv_committed_len = cached
             request.slot, request.room = kv.req_pool_idx, cached
+            for block in request.blocks:
+                self.executor.writer.forget(block)
             self.table.readmit(req.rid, cached)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
@@ -345,6 +361,7 @@ class LladaScheduler(Scheduler):
         vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
         params = decode_params(req, self.defaults, vocabulary)
         params = replace(params, shaping=shaping_of(req, ends_of(req), vocabulary, never))
+        self.executor.stops[[token for token in stop_ids(req) if 0 <= token < vocabulary]] = True
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -407,6 +424,7 @@ class LladaScheduler(Scheduler):
 
     def _book(self) -> None:
         """Stage: tell the outside what was decided: the radix tree, finish states, streams, metrics."""
+        self._take_rest()
         decided, self.unbooked = self.unbooked, []
         news: dict[str, int] = {}  # tokens committed per request
         for request in decided:
@@ -500,9 +518,12 @@ class LladaScheduler(Scheduler):
 
     def _end_aborted(self) -> None:
         """Stage: requests that the host marked for an end take no further part."""
-        for req in self.running_batch.reqs:
-            request = self.table[req.rid]
-            if req.to_finish is not None and request.phase is not Phase.DONE:
+        marked = [req for req in self.running_batch.reqs if req.to_finish is not None]
+        if not marked:
+            return
+        self._take_rest()
+        for request in (self.table[req.rid] for req in marked):
+            if request.phase is not Phase.DONE:
                 request.end(Ending.OUTSIDE)
 
     def _finish_unadmitted(self, req: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     assert given.threshold[0] == torch.tensor(0.123456789)
     prob = torch.full((2, T), 0.25)
     out = StepOut(block.ids, block.open, state, torch.tensor([True, False]), block.open, prob, block.ids)
-    short = [*range(6), 1, 0, 1, 0, 0, 1, 1, 3, 2, *memory]
+    short = [*range(6), set_of(is_open), 3, 2, *memory, 1]
     assert pack(out)[0].tolist() == short
     row = pack(out, trace=True)[0].tolist()
     assert row[: len(short) + 2 * T] == [*short, 1, 0, 1, 0, 0, 1, *range(6)]

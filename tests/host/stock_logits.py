@@ -52,11 +52,11 @@ def load(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[]))  # type: ignore[arg-type]
+    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[], model=runner.model))  # type: ignore[arg-type]
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    starts, tokens = list(range(0, len(ids), T)), ids.view(-1, T).numpy()
-    rows = send(tokens, np.empty((BLOCKS, 0), np.int64), [SLOT] * BLOCKS, starts, table.shape[1], runner.device)
+    written = np.column_stack((ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T)))
+    rows = send(written, T, table.shape[1], runner.device)
     return runner.forward(executor.forward_batch(rows)).logits_output.full_logits
 
 

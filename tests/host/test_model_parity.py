@@ -94,14 +94,8 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     tokens = np.array([texts[slot][block * T : (block + 1) * T] for slot, block in rows])
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        sent = send(
-            tokens,
-            np.array([executor.decide.idle] * len(rows)),
-            slots,
-            starts,
-            executor.req_to_token.shape[1],
-            runner.device,
-        )
+        written = np.column_stack((tokens, [executor.decide.idle] * len(rows), slots, starts))
+        sent = send(written, T, executor.req_to_token.shape[1], runner.device)
         batch = executor.forward_batch(sent)
         batch.step_table = sent.table
         hidden = runner.forward(batch).logits_output.hidden_states

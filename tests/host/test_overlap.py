@@ -45,6 +45,7 @@ def turns(overlaps: bool) -> tuple[list[Interval], list[Interval]]:
 
     def book() -> None:
         begin = time.perf_counter()
+        scheduler._take_rest()
         time.sleep(BOOKING if scheduler.unbooked else 0)
         if scheduler.unbooked:
             bookings.append((begin, time.perf_counter()))

@@ -1,84 +1,137 @@
-"""Rows that are taken over from the last step's outcome are those that would be written out."""
+"""Rows go on from a step's outcome as if all of its decisions had been taken and every row written out."""
 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sglang_llada.blocks import Decided, Phase, Request, Table, next_step
+from sglang_llada.blocks import Decided, Phase, Plan, Request, Row, Table, next_step
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.contract import Tokens
+from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import fresh, idle, numbers
 from tests.blocks.test_simulation import EOS, MASK, RULES, VOCAB, T, denoise
+from tests.sets import set_of
 
 pytestmark = pytest.mark.host
 
-TOKENS = Tokens(MASK)
+TOKENS, BUDGET, SLOTS = Tokens(MASK), 12, 9
 PARAMS = DecodeConfig.defaults(T, "joint_threshold")
 
 
 def request(rid: str, rng: random.Random) -> Request[DecodeConfig]:
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(0, 20))]
-    made = Request(rid, prompt, rng.randint(1, 30), frozenset({EOS}), PARAMS, T, MASK, fresh=fresh(T, TOKENS))
-    made.rules, made.numbers = rng.choice(RULES), numbers(PARAMS)
+    more: dict[str, Any] = {"fresh": fresh(T, TOKENS), "numbers": numbers(PARAMS), "rules": rng.choice(RULES)}
+    return Request(rid, prompt, rng.randint(1, 30), frozenset({EOS}), PARAMS, T, MASK, **more)
+
+
+class FakeModel:
+    """Decides what it is told to."""
+
+    block_size, idle = T, idle(T, TOKENS)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
+    news: list[Decided]
+
+    def __call__(self, hidden: Any, ids: torch.Tensor, table: torch.Tensor, count: int, **_: Any) -> StepOut:
+        is_open = torch.tensor([[new.open >> i & 1 for i in range(T)] for new in self.news], dtype=torch.bool)
+        step, edits = torch.tensor([list(new.state) for new in self.news]).unbind(-1)
+        return StepOut(
+            ids=torch.tensor([new.tokens for new in self.news]),
+            open=is_open,
+            done=torch.tensor([new.done for new in self.news]),
+            state=State(step, edits, ids.new_zeros(len(self.news), 0)),
+            written=~is_open,
+            origin=torch.zeros(len(self.news), T, dtype=torch.int64),
+            prob=torch.zeros(len(self.news), T),
+        )
+
+
+def executor(model: FakeModel) -> Any:
+    from sglang_llada.host.executor import Executor
+
+    runner = SimpleNamespace(
+        device="cpu",
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(SLOTS, 100, dtype=torch.int32)),
+        kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
+        forward=lambda batch: SimpleNamespace(
+            logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False
+        ),
+    )
+    made = Executor(runner, model)  # type: ignore[arg-type]
+    made.stops[EOS] = True
     return made
 
 
-def pack(decided: list[Decided | None]) -> torch.Tensor:
-    """What a device gives back of rows, of which some decide nothing."""
-    rows = []
-    for each in decided:
-        open_bits = [0 if each is None else each.open >> i & 1 for i in range(T)]
-        ids = [0] * T if each is None else each.tokens
-        state = [0, 0] if each is None else list(each.state)
-        rows.append([*ids, *open_bits, each is None or each.done, *state])
-    return torch.tensor(rows, dtype=torch.int64)
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_kept_rows_are_those_that_would_be_written(seed: int) -> None:
-    from sglang_llada.host.rows import Outcome, Writer, send
+def test_the_next_step_is_the_same_before_calm_rows_decisions_are_taken(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_llada.host import executor as module
+    from sglang_llada.host.rows import Writer
 
-    rng, table, writer, kept = random.Random(seed), Table(), Writer(T, idle(T, TOKENS)), 0
+    monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
+    rng, table, model = random.Random(seed), Table(), FakeModel()
+    device = executor(model)
+    going_on: list[Row] = []
+    kept = waited = 0
     for turn in range(400):
         if len(table) < 6:
             table.add(request(f"r{turn}", rng))
         for each in list(table):
             if each.phase is Phase.WAITING and rng.random() < 0.7:
+                each.slot = rng.randrange(SLOTS)
+                for block in each.blocks:
+                    device.writer.forget(block)
                 table.readmit(each.rid, rng.randrange(each.live_from // T + 1) * T)
             elif each.phase is Phase.DECODING and rng.random() < 0.05:
                 each.retract()
             elif rng.random() < 0.02:
                 table.drop(each.rid)
-        plan = next_step(table, 12)
-        tokens, records = writer.write(plan)
-        want_tokens, want_records = Writer(T, idle(T, TOKENS)).write(plan)
-        assert np.array_equal(tokens, want_tokens) and np.array_equal(records, want_records)
-        kept += sum(row.block is not None and id(row.block.tokens) in writer.row_of for row in plan.rows)
+        plan = next_step(table, BUDGET, [row for row in going_on if row.request.phase is Phase.DECODING])
+        assert numbers_of(device.writer, plan) == numbers_of(Writer(T, idle(T, TOKENS)), plan)
+        kept += sum(id(row.block) in device.writer.row_of for row in plan.rows)
+        model.news = news_for(plan, rng)
+        launched = device.launch(plan)
         table.advance(plan)
-        at = [r for r, row in enumerate(plan.rows) if row.block is not None]
-        if not at:
+        landed, going_on = device.read(launched), []
+        if landed is None:
             continue
-        steps = {row.request.rid: iter(denoise(row.request, rng)) for row in plan.rows if row.block is not None}
-        news = [None if row.block is None else next(steps[row.request.rid]) for row in plan.rows]
-        news = [new and new._replace(state=[rng.randrange(9), rng.randrange(9)]) for new in news]
-        rows = send(tokens, records, [0] * len(news), [row.start for row in plan.rows], 100, "cpu")
-        outcome = Outcome.read(pack(news), at, T, 2)
-        writer.keep(rows, outcome, at)
-        made = zip(outcome.tokens, outcome.open.tolist(), outcome.done, outcome.state.tolist(), strict=True)
-        taken: dict[str, list[Decided]] = {}
-        for r, each in zip(at, made, strict=True):
-            taken.setdefault(plan.rows[r].request.rid, []).append(Decided(*each))
-        for rid, blocks in taken.items():
+        going_on = landed.going_on
+        for made, blocks in landed.decisions(landed.urgent):
             if len(blocks) == 1 and not blocks[0].open and rng.random() < 0.2:  # the host may cut what was decided
-                blocks = shortened(table[rid], blocks[0])
-            table[rid].decide(blocks)
-            if table[rid].phase is Phase.DONE:
-                table.drop(rid)
-    assert kept > 300
+                device.writer.forget(made.blocks[0])
+                blocks = shortened(made, blocks[0])
+            made.decide(blocks)
+        before = next_step(table, BUDGET, going_on)
+        early = numbers_of(device.writer, before)
+        for made, blocks in landed.decisions(landed.calm):
+            made.decide(blocks)
+            waited += 1
+        after = next_step(table, BUDGET)
+        assert early == numbers_of(device.writer, after) == numbers_of(Writer(T, idle(T, TOKENS)), after)
+        assert [row for row in before.rows if row in going_on] == going_on
+        for each in [each for each in table if each.phase is Phase.DONE]:
+            table.drop(each.rid)
+    assert kept > 300 and waited > 100
+
+
+def numbers_of(writer: Any, plan: Plan) -> dict[tuple[str, int], list[int]]:
+    """What is written for each request and position."""
+    written: list[list[int]] = writer.write(plan).tolist()
+    assert len(written) == len(plan.rows)
+    return {(row.request.rid, row.start): each for row, each in zip(plan.rows, written, strict=True)}
+
+
+def news_for(plan: Plan, rng: random.Random) -> list[Decided]:
+    """Decisions for each row; of those that decide nothing, any."""
+    steps = {row.request.rid: iter(denoise(row.request, rng)) for row in plan.rows if row.block is not None}
+    nothing = Decided([EOS] * T, 0, True)
+    news = [nothing if row.block is None else next(steps[row.request.rid]) for row in plan.rows]
+    return [new._replace(state=[rng.randrange(9), rng.randrange(9)]) for new in news]
 
 
 def shortened(request: Request[DecodeConfig], new: Decided) -> list[Decided]:
@@ -90,3 +143,20 @@ def shortened(request: Request[DecodeConfig], new: Decided) -> list[Decided]:
     tokens = list(new.tokens)
     tokens[decided[-1]] = MASK
     return [Decided(tokens, 1 << decided[-1], False, new.state)]
+
+
+def test_logits_that_are_not_finite_are_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_llada.host import executor as module
+
+    monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
+    table, model = Table(), FakeModel()
+    for rid in "ab":
+        table.add(
+            Request(rid, [5] * T, 20, frozenset({EOS}), PARAMS, T, MASK, numbers=numbers(PARAMS), fresh=[0, 0], slot=0)
+        )
+        table.readmit(rid, T)
+    device, half = executor(model), set_of([False, False, True, True])
+    model.news = [Decided([-1] * T, half, False, [1, 0]), Decided([5, 5, MASK, MASK], half, False, [1, 0])]
+    landed = device.read(device.launch(next_step(table, BUDGET)))
+    assert [(made.rid, blocks) for made, blocks in landed.decisions(landed.urgent)] == [("a", None)]
+    assert np.flatnonzero(landed.calm).tolist() == [1]
