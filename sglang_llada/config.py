@@ -253,10 +253,10 @@ class DecodeConfig:
 
         None is an empty mapping, as an empty YAML file or a request without options gives it.
         """
-        if mapping is None:
-            return self
-        if not isinstance(mapping, Mapping):
+        if mapping is not None and not isinstance(mapping, Mapping):
             raise ConfigError(f"{where}: got {mapping!r}; needed is a mapping of names to values")
+        if not mapping:
+            return self
         base = self
         if "algorithm" in mapping:
             algorithm = one_of("algorithm", mapping["algorithm"], NAMES, where)

@@ -131,7 +131,9 @@ def decide(
     shape = (*block.ids.shape, -1)
     token, prob = token.view(shape), prob.view(shape)
     unsound = ((token[..., 0] < 0) & wanted.view(block.ids.shape)).any(-1, keepdim=True)
-    best, chance = levenshtein.first(token, prob, token != tokens.mask)
+    best, chance = token[..., 0], prob[..., 0]
+    if never < 0:
+        best, chance = levenshtein.first(token, prob, token != tokens.mask)
     scores = Scores(best, chance, candidates=token, chances=prob)
     out: StepOut | None = None
     for name, each in ALGORITHMS.items():

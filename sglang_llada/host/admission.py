@@ -78,7 +78,9 @@ def decode_params(req: Any, defaults: DecodeConfig, vocabulary: int) -> DecodeCo
     custom = {key: value for key, value in (params.custom_params or {}).items() if key not in HOST_PARAMS}
     if processor_of(req) is not None:  # what we do not know is for it
         custom = {key: value for key, value in custom.items() if key in KEYS}
-    decode = replace(defaults.replaced(custom), report=report_of(req, vocabulary))
+    decode = defaults.replaced(custom)
+    if req.return_logprob:
+        decode = replace(decode, report=report_of(req, vocabulary))
     if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
         decode = decode.from_left_to_right
     if params.top_k == TOP_K_GREEDY:
@@ -98,10 +100,8 @@ def processor_of(req: Any) -> Any:
         raise ConfigError(f"custom_logit_processor cannot be loaded: {error!r}") from None
 
 
-def report_of(req: Any, vocabulary: int) -> Report | None:
+def report_of(req: Any, vocabulary: int) -> Report:
     """The log-probabilities that a request wants; ConfigError if there are no such."""
-    if not req.return_logprob:
-        return None
     top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len
     if not 0 <= top < vocabulary:
         raise ConfigError(f"top_logprobs_num is {top}; allowed: 0 to {vocabulary - 1}")

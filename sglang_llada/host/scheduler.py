@@ -51,7 +51,9 @@ from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book
 
 logger = logging.getLogger(__name__)
 
-WORTH_WAITING = 4  # blocks that another request is filling, for which a request waits a step instead of filling them
+# Blocks of a prompt that are put into the radix tree while its request runs, and for which others wait a step instead of
+# filling them too. Fewer cost less to fill again than to share; they go into the tree when the request ends.
+WORTH_SHARING = 4
 IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 
 
@@ -278,8 +280,10 @@ class LladaScheduler(Scheduler):
         Args:
             others: requests that are being filled, or are let in before it in this turn.
         """
-        request = self._request_of(req)
-        if self.tree_cache.disable or request.params.report is not None:  # which may have to read its prompt itself
+        request, worth = self._request_of(req), WORTH_SHARING * self.facts.block_size
+        if self.tree_cache.disable or request.live_from < worth:
+            return False
+        if request.params.report is not None:  # which may have to read its prompt itself
             return False
         for other in others:
             theirs = self.table[other.rid]
@@ -287,7 +291,7 @@ class LladaScheduler(Scheduler):
             if cache_key(other) != cache_key(req):
                 continue
             coming = min(request.common_prefix(theirs), request.live_from, theirs.live_from) - filled
-            if coming >= WORTH_WAITING * self.facts.block_size and 2 * coming >= request.live_from - filled:
+            if coming >= worth and 2 * coming >= request.live_from - filled:
                 return True
         return False
 
@@ -360,7 +364,8 @@ class LladaScheduler(Scheduler):
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
         vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
         params = decode_params(req, self.defaults, vocabulary)
-        params = replace(params, shaping=shaping_of(req, ends_of(req), vocabulary, never))
+        if (shaping := shaping_of(req, ends_of(req), vocabulary, never)) is not None:
+            params = replace(params, shaping=shaping)
         self.executor.stops[[token for token in stop_ids(req) if 0 <= token < vocabulary]] = True
         return Request(
             rid=req.rid,
@@ -451,8 +456,9 @@ class LladaScheduler(Scheduler):
         T, plan = self.facts.block_size, self.in_flight.plan
         for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
             req = self.reqs.get(rid)  # None if it has ended meanwhile
-            if req is not None:
-                self._insert(req, len(req.origin_input_ids) // T * T)
+            if req is None or self.table[rid].filled - req.kv.cache_protected_len < WORTH_SHARING * T:
+                continue
+            self._insert(req, len(req.origin_input_ids) // T * T)
 
     def _insert(self, req: Any, upto: int) -> None:
         """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
