@@ -51,8 +51,8 @@ from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book
 
 logger = logging.getLogger(__name__)
 
-# Blocks of a prompt that are put into the radix tree while its request runs, and for which others wait a step instead of
-# filling them too. Fewer cost less to fill again than to share; they go into the tree when the request ends.
+# Blocks of a prompt that are put into the radix tree while its request runs, and for which others wait a step rather
+# than fill them too. Fewer cost less to fill again than to share; they go into the tree when the request ends.
 WORTH_SHARING = 4
 IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 
