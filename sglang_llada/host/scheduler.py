@@ -6,9 +6,10 @@ request's KV is taken, shared and given back. `self.running_batch.reqs` always l
 that the host's own checks and reports see them.
 
 One turn of the loop: take in requests and admit them (the device may still be busy with the last step), read the last
-step's decisions, launch the next step, and only then book what was decided (finish states, stop strings, streaming,
-radix insertion), while the device works. Where the device is the CPU itself, booking comes before the launch, since
-nothing overlaps and the client would wait a step longer.
+step, take those of its decisions that the next one's rows depend on, launch that, and only then take the others and
+book what was decided (finish states, stop strings, streaming, radix insertion), while the device works. Where the
+device is the CPU itself, booking comes before the launch, since nothing overlaps and the client would wait a step
+longer.
 """
 
 from __future__ import annotations
@@ -474,13 +475,16 @@ class LladaScheduler(Scheduler):
             self.tree_cache.checkpoint(req, up_to=final)
 
     def _update_finish(self, req: Any, committed: int | None) -> bool:
-        """Let the host judge new tokens, stop strings among them; whether there is anything to send.
+        """Let the host judge new tokens if they may be an end; whether there is anything to send.
+
+        The blocks see stop tokens and lengths, so it is only asked where they have ended, and of all tokens where text
+        or a grammar may end a request.
 
         Args:
             committed: how many tokens there are since last time; None if no step was decided.
         """
         request, decided, new = self.table[req.rid], committed is not None, committed or 0
-        if new or req.to_finish:
+        if req.to_finish or (new and (request.phase is Phase.DONE or ends_by_text(req))):
             req.update_finish_state(new)
         if request.ending is Ending.LENGTH and not req.finished():  # max_nfe, or no token was asked for
             req.to_finish = FINISH_LENGTH(len(req.output_ids))
@@ -600,6 +604,12 @@ class LladaScheduler(Scheduler):
     def _held(self) -> dict[str, int]:
         """Positions that each request has pages for, as the host's records say."""
         return {rid: req.kv.kv_allocated_len for rid, req in self.reqs.items()}
+
+
+def ends_by_text(req: Any) -> bool:
+    """Whether more may end a request than its stop tokens and its length."""
+    params = req.sampling_params
+    return bool(params.stop_strs or params.stop_regex_strs or req.grammar is not None)
 
 
 def cache_key(req: Any) -> tuple[Any, Any]:
