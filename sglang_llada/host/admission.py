@@ -121,13 +121,8 @@ def signed(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def stop_ids(req: Any) -> frozenset[int]:
-    """Token ids that end a request, as the host's own finish check sees them."""
-    return frozenset() if req.sampling_params.ignore_eos else ends_of(req)
-
-
 def ends_of(req: Any) -> frozenset[int]:
-    """Token ids that end a request which does not ignore them."""
+    """Token ids that end a request which does not ignore them, as the host's own finish check sees them."""
     params = req.sampling_params
     found = {*(params.stop_token_ids or ()), *(req.eos_token_ids or ())}
     return ends_of_tokenizer(req.tokenizer) | found

@@ -42,7 +42,7 @@ from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowK
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.admission import decode_params, ends_of, stop_ids, why_refused
+from sglang_llada.host.admission import decode_params, ends_of, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, tokens_of
 from sglang_llada.host.grammar import conform
@@ -52,9 +52,7 @@ from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book
 
 logger = logging.getLogger(__name__)
 
-# Blocks of a prompt that are put into the radix tree while its request runs, and for which others wait a step rather
-# than fill them too. Fewer cost less to fill again than to share; they go into the tree when the request ends.
-WORTH_SHARING = 4
+WORTH_WAITING = 4  # blocks that another request is filling, for which a request waits a step instead of filling them
 IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 
 
@@ -80,6 +78,7 @@ class LladaScheduler(Scheduler):
         self.landed: Landed | None = None  # the last step, with decisions that are not taken yet
         self.going_on: list[Row] = []  # of the last step, rows that the next one has too
         self.unbooked: list[Request[DecodeConfig]] = []  # with decisions that the outside has not been told of
+        self.stop_ids: frozenset[int] = frozenset()  # of all requests so far
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
         self.overlaps = self.device != "cpu"  # whether a launched step runs by itself
         self.replayed = self.eager = 0  # steps
@@ -281,7 +280,7 @@ class LladaScheduler(Scheduler):
         Args:
             others: requests that are being filled, or are let in before it in this turn.
         """
-        request, worth = self._request_of(req), WORTH_SHARING * self.facts.block_size
+        request, worth = self._request_of(req), WORTH_WAITING * self.facts.block_size
         if self.tree_cache.disable or request.live_from < worth:
             return False
         if request.params.report is not None:  # which may have to read its prompt itself
@@ -365,14 +364,18 @@ class LladaScheduler(Scheduler):
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
         vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
         params = decode_params(req, self.defaults, vocabulary)
-        if (shaping := shaping_of(req, ends_of(req), vocabulary, never)) is not None:
+        ends = ends_of(req)
+        if (shaping := shaping_of(req, ends, vocabulary, never)) is not None:
             params = replace(params, shaping=shaping)
-        self.executor.stops[[token for token in stop_ids(req) if 0 <= token < vocabulary]] = True
+        stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
+        if new := stop_ids - self.stop_ids:
+            self.stop_ids |= new
+            self.executor.stops[[token for token in new if 0 <= token < vocabulary]] = True
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
             max_new_tokens=req.sampling_params.max_new_tokens,
-            stop_ids=stop_ids(req),
+            stop_ids=stop_ids,
             params=params,
             fresh=self.fresh,
             numbers=numbers(params),
@@ -457,9 +460,8 @@ class LladaScheduler(Scheduler):
         T, plan = self.facts.block_size, self.in_flight.plan
         for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
             req = self.reqs.get(rid)  # None if it has ended meanwhile
-            if req is None or self.table[rid].filled - req.kv.cache_protected_len < WORTH_SHARING * T:
-                continue
-            self._insert(req, len(req.origin_input_ids) // T * T)
+            if req is not None:
+                self._insert(req, len(req.origin_input_ids) // T * T)
 
     def _insert(self, req: Any, upto: int) -> None:
         """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
