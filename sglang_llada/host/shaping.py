@@ -106,15 +106,16 @@ def shaping_of(req: Any, ends: frozenset[int], vocabulary: int, never: frozenset
         ends: token ids that end it, also where it ignores them.
         never: the model's own tokens, which no structured output has.
     """
-    p = req.sampling_params
-    found = Shaping(
-        penalties=(p.repetition_penalty, p.frequency_penalty, p.presence_penalty),
+    p, processor = req.sampling_params, processor_of(req)
+    penalties = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+    if penalties == NO_PENALTIES and not any((p.logit_bias, p.min_new_tokens, processor, req.grammar is not None)):
+        return None
+    return Shaping(
+        penalties=penalties,
         bias={int(token): value for token, value in (p.logit_bias or {}).items()},
         min_new_tokens=p.min_new_tokens,
         ends=sorted(token for token in ends if token < vocabulary),
-        processor=processor_of(req),
+        processor=processor,
         params={**(p.custom_params or {}), "__req__": req},
         matcher=None if req.grammar is None else Matcher(req.grammar, vocabulary, never),
     )
-    asked = (found.penalties != NO_PENALTIES, found.bias, found.min_new_tokens, found.processor, found.matcher)
-    return found if any(asked) else None
