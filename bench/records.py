@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 def new_record() -> dict[str, Any]:
     """Schema, command, commit, environment and pace; the benchmark adds its workload and figures."""
-    return {"schema": 1, "argv": sys.argv, "git": git_state(), "environment": environment(), "pace": pace()}
+    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {"schema": 1, "argv": argv, "git": git_state(), "environment": environment(), "pace": pace()}
 
 
 def environment() -> dict[str, Any]:
