@@ -84,7 +84,7 @@ def main() -> None:
 def measure(rows: int) -> tuple[float, float]:
     """Milliseconds per step between forwards, and of the rest, over the blocks of that many requests."""
     scheduler = scheduler_with(rows)
-    forward = scheduler.executor.runner
+    runner = scheduler.executor.runner
     steps = (BLOCKS - 1) * T // DECIDED
     gap, started = 0.0, time.perf_counter()
     for _ in range(steps):
@@ -92,7 +92,7 @@ def measure(rows: int) -> tuple[float, float]:
         scheduler._read()
         scheduler._end_aborted()
         scheduler._launch()
-        gap += forward.called - begin
+        gap += runner.called - begin
         scheduler._take_rest()
         scheduler.unbooked.clear()
     return 1e3 * gap / steps, 1e3 * (time.perf_counter() - started - gap) / steps
@@ -139,7 +139,7 @@ def idle_scheduler(rows: int) -> LladaScheduler:
         forward=forward,
     )
     scheduler: LladaScheduler = object.__new__(LladaScheduler)
-    scheduler.executor = Executor(runner, FirstOpen())  # type: ignore[arg-type]
+    scheduler.executor = Executor(runner, FirstOpen())  # type: ignore[arg-type]  # stand-ins
     scheduler.facts = SimpleNamespace(block_size=T)
     scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
     scheduler.in_flight, scheduler.landed, scheduler.going_on = None, None, []

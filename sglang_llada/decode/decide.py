@@ -132,7 +132,7 @@ def decide(
     token, prob = token.view(shape), prob.view(shape)
     unsound = ((token[..., 0] < 0) & wanted.view(block.ids.shape)).any(-1, keepdim=True)
     best, chance = token[..., 0], prob[..., 0]
-    if never < 0:
+    if never < 0:  # the mask may be the best candidate
         best, chance = levenshtein.first(token, prob, token != tokens.mask)
     scores = Scores(best, chance, candidates=token, chances=prob)
     out: StepOut | None = None

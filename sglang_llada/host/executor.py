@@ -40,7 +40,6 @@ class InFlight:
 
     Attributes:
         plan: its rows.
-        rows: they as the device got them.
         deciding: which of them decide, bool [R].
         patient: of those, the ones of patient requests.
         own: their positions that are not a prompt's, bool [R, T].
@@ -51,7 +50,6 @@ class InFlight:
     """
 
     plan: Plan
-    rows: Rows
     deciding: Flags
     patient: Flags
     own: Flags
@@ -188,6 +186,7 @@ class Executor:
         batch = self.forward_batch(rows, of_ranks)
         batch.step_table = rows.table  # for the graph runner
         output = self.runner.forward(batch)
+        # From here on the device works: what read() will want to know is worked out now.
         self.writer.follow(plan, written)
         special = [(r, row) for r, row in enumerate(planned) if not row.request.plain]
         asking = self._groups(special) if special else []
@@ -211,7 +210,7 @@ class Executor:
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
             reports = self.decide.report(hidden, groups, *after)
         own = offsets(self.block_size) >= begins[:, None]
-        return InFlight(plan, rows, deciding, patient, own, outcome, output.can_run_graph, asking, reports)
+        return InFlight(plan, deciding, patient, own, outcome, output.can_run_graph, asking, reports)
 
     def read(self, launched: InFlight) -> Landed | None:
         """Wait for a step and bring its outcome to the host, its one device-to-host read; None if no row decided."""
@@ -290,7 +289,7 @@ class Executor:
         T, R = self.block_size, len(rows.starts)
         if R not in self.shapes:
             self.shapes[R] = self._batch_of(R)
-        batch = object.__new__(ForwardBatch)
+        batch = object.__new__(ForwardBatch)  # a copy; its constructor goes through a hundred fields
         vars(batch).update(vars(self.shapes[R]))
         batch.input_ids, batch.positions = rows.ids, rows.positions
         batch.req_pool_indices, batch.req_pool_indices_cpu = rows.slot, torch.from_numpy(rows.slots)

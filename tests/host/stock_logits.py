@@ -52,7 +52,7 @@ def load(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[], model=runner.model))  # type: ignore[arg-type]
+    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[], model=runner.model))  # type: ignore[arg-type]  # a stand-in
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
     written = np.column_stack((ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T)))

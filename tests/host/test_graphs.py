@@ -51,7 +51,7 @@ class Toy:
         self.model_runner = SimpleNamespace(
             model=SimpleNamespace(model=SimpleNamespace(word_embeddings=self.embedding))
         )
-        self.backend = ReplayBackend(self)  # type: ignore[arg-type]
+        self.backend = ReplayBackend(self)  # type: ignore[arg-type]  # a stand-in
         self.backend.capture_one("size", self.forward)
 
     def forward(self) -> Output:
@@ -201,15 +201,15 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
     def decider(hidden: Tensor, ids: Tensor, table: Tensor, count: int, **_: Any) -> StepOut:
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
-    decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]
-    decider.model = SimpleNamespace(config=SimpleNamespace(vocab_size=50))  # type: ignore[attr-defined]
+    decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]  # a stand-in
+    decider.model = SimpleNamespace(config=SimpleNamespace(vocab_size=50))  # type: ignore[attr-defined]  # a stand-in
     runner = SimpleNamespace(
         device="cpu",
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * T * 2).view(2, -1)),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,
     )
-    executor = Executor(runner, decider)  # type: ignore[arg-type]
+    executor = Executor(runner, decider)  # type: ignore[arg-type]  # a stand-in
     plan = next_step(requests, 100)
     with no_host_reads(), NoReads():
         launched = executor.launch(plan)

@@ -61,7 +61,7 @@ def executor(model: FakeModel) -> Any:
             logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False
         ),
     )
-    made = Executor(runner, model)  # type: ignore[arg-type]
+    made = Executor(runner, model)  # type: ignore[arg-type]  # a stand-in
     made.stops[EOS] = True
     return made
 
