@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import time
+from collections import deque
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
-from sglang_llada.host.executor import Executor
+from sglang_llada.host.executor import Executor, outcome_width
 from sglang_llada.host.scheduler import LladaScheduler
 
 T, MASK = 32, 2
@@ -39,6 +40,7 @@ class FirstOpen:
 
     block_size, tokens = T, Tokens(MASK)
     idle = idle(T, Tokens(MASK))
+    last = torch.zeros(2 * ROWS[-1], outcome_width(T, idle), dtype=torch.int64)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=400))
 
     def __call__(self, hidden: Any, ids: torch.Tensor, table: torch.Tensor, count: int, **_: Any) -> StepOut:
@@ -134,6 +136,7 @@ def idle_scheduler(rows: int) -> LladaScheduler:
     runner = SimpleNamespace(
         device="cpu",
         model=FirstOpen.model,
+        decode_cuda_graph_runner=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(rows * (BLOCKS + 2) * T).view(rows, -1).int()),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,
@@ -142,7 +145,8 @@ def idle_scheduler(rows: int) -> LladaScheduler:
     scheduler.executor = Executor(runner, FirstOpen())  # type: ignore[arg-type]  # stand-ins
     scheduler.facts = SimpleNamespace(block_size=T)
     scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
-    scheduler.in_flight, scheduler.landed, scheduler.going_on = None, None, []
+    scheduler.flights, scheduler.landed, scheduler.going_on = deque(), None, []
+    scheduler.overlaps = scheduler.runs_ahead = False
     scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
     scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
     scheduler.running_batch = SimpleNamespace(reqs=[])

@@ -26,7 +26,7 @@ from sglang_llada.config import (
     algorithm_of_flag,
     flag_of,
     flag_of_checkpoint,
-    read_replay,
+    read_switch,
     without_host_keys,
 )
 from sglang_llada.errors import ConfigError
@@ -244,7 +244,7 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
     """
     chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
-    if args.device == "cpu" and read_replay(os.environ) and attention_dp(args):
+    if args.device == "cpu" and read_switch(os.environ, REPLAY_VARIABLE, default=False) and attention_dp(args):
         raise ConfigError(f"{REPLAY_VARIABLE} is '1', and the host cannot capture DP attention on the CPU")
     if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
         return chosen
