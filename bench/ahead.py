@@ -99,7 +99,9 @@ def measure(rows: int, pace: int, way: str) -> dict[str, float]:
         for _ in range(STEPS):
             scheduler._turn()
     requests = list(scheduler.table)
-    tokens, blocks = (sum(map(count, requests)) for count in (lambda r: len(r.output), lambda r: len(r.steps_per_block)))
+    tokens, blocks = (
+        sum(map(count, requests)) for count in (lambda r: len(r.output), lambda r: len(r.steps_per_block))
+    )
     steps = sum(sum(request.steps_per_block) for request in requests)
     return {
         "tokens_s": 1e3 * tokens / clock.now,
@@ -122,7 +124,8 @@ def main() -> None:
             found = {way: measure(rows, pace, way) for way in WAYS}
             out["summary"][f"{rows} rows, {pace} a step"] = found
             cells = (
-                f"{f['tokens_s']:9.0f}/s {f['forwards_per_block']:5.2f} fw {100 * f['idle']:4.0f} % idle" for f in found.values()
+                f"{f['tokens_s']:9.0f}/s {f['forwards_per_block']:5.2f} fw {100 * f['idle']:4.0f} % idle"
+                for f in found.values()
             )
             print(f"{rows:4} {pace:12}  " + "".join(f"{cell:>34}" for cell in cells), flush=True)
     print(json.dumps(out))

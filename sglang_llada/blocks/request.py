@@ -438,7 +438,9 @@ class Request(Generic[P]):
         given, T = list(self.prompt[start:]), self.block_size
         holes = T - len(given)
         tokens = given + [self.mask_id] * holes
-        return Block(start, len(given), tokens, (1 << T) - (1 << len(given)), self.fresh, [None] * T if self.noted else [])
+        return Block(
+            start, len(given), tokens, (1 << T) - (1 << len(given)), self.fresh, [None] * T if self.noted else []
+        )
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing.

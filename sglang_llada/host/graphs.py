@@ -55,7 +55,9 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
     def unfolds(self, rows: int) -> bool:
         """Whether a step of so many rows needs nothing but their numbers: its graph makes all other inputs of them."""
-        return rows <= self.max_bs and getattr(self.attn_backend, "planless", False) and not self.require_gathered_buffer
+        return (
+            rows <= self.max_bs and getattr(self.attn_backend, "planless", False) and not self.require_gathered_buffer
+        )
 
     def capture(self) -> None:
         """Called by the host's constructor, before the first size is captured."""

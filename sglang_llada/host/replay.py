@@ -22,8 +22,8 @@ from torch import Tensor
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.arguments import is_ours
 from sglang_llada.host.graphs import RowGraphRunner
-from sglang_llada.host.rows import SLOT
 from sglang_llada.host.recording import Recording, kernel, recording, tensors
+from sglang_llada.host.rows import SLOT
 
 POISON_TOKEN, POISON_FIELD = 1, 7  # for what padded rows are given
 
