@@ -51,6 +51,9 @@ class Rows(NamedTuple):
 def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, *, carries: bool = True) -> Rows:
     """Rows from their numbers on the device: the same eagerly and inside a CUDA graph.
 
+    A row whose block turns out to be done, when it goes on, seals it: its KV is what counts, and nobody asks what the
+    step makes of it.
+
     Args:
         packed: int64 [R, T + K + 3], as Writer.write() gives them.
         last: the outcome of the step before this one, int64 [at least its rows, T + 1 + S + 1].
@@ -61,14 +64,8 @@ def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, 
     slot, start, source = packed[:, SLOT:].unbind(-1)
     ids, table = packed[:, :T], packed[:, T:SLOT]
     if carries:
-        from_last = last.index_select(0, source.clamp(min=0))
-        goes_on = source >= 0
-        begin = torch.where(goes_on[:, None], from_last[:, :width], packed[:, :width])
-        # A block that turns out to be done is sealed by this step: nothing is open, and nothing may be edited.
-        fixed = torch.where(goes_on & (from_last[:, width] == 1), 0, packed[:, EDITABLE_COLUMN + SLOT])
-        stays = packed[:, width:SLOT].clone()
-        stays[:, EDITABLE_COLUMN] = fixed
-        ids, table = begin[:, :T], torch.cat((begin[:, T:], stays), dim=-1)
+        begin = torch.where(source[:, None] >= 0, last.index_select(0, source.clamp(min=0))[:, :width], packed[:, :width])
+        ids, table = begin[:, :T], torch.cat((begin[:, T:], packed[:, width:SLOT]), dim=-1)
     positions = start[:, None] + torch.arange(T, device=packed.device)
     loc = req_to_token.view(-1).index_select(0, (positions + (slot * req_to_token.shape[1])[:, None]).view(-1)).long()
     return Rows(ids.reshape(-1), positions.view(-1), loc, table.contiguous(), slot, start, start + T)
