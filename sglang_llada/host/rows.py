@@ -64,7 +64,8 @@ def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, 
     slot, start, source = packed[:, SLOT:].unbind(-1)
     ids, table = packed[:, :T], packed[:, T:SLOT]
     if carries:
-        begin = torch.where(source[:, None] >= 0, last.index_select(0, source.clamp(min=0))[:, :width], packed[:, :width])
+        from_last = last.index_select(0, source.clamp(min=0))[:, :width]
+        begin = torch.where(source[:, None] >= 0, from_last, packed[:, :width])
         ids, table = begin[:, :T], torch.cat((begin[:, T:], packed[:, width:SLOT]), dim=-1)
     positions = start[:, None] + torch.arange(T, device=packed.device)
     loc = req_to_token.view(-1).index_select(0, (positions + (slot * req_to_token.shape[1])[:, None]).view(-1)).long()
