@@ -52,15 +52,15 @@ class Settings:
     part: int = 256
 
 
-# By bytes per element of queries and by the shared memory that a program may have: cards of data centres, others.
+# By bytes per element of queries. Where products are of tiles in shared memory (Hopper, Blackwell's data centre cards),
+# and where they are of registers.
 LARGE = {2: Settings(128, 64, 8, 5), 4: Settings(64, 32, 8, 5)}
-SMALL = {2: Settings(128, 64, 8, 3), 4: Settings(64, 32, 8, 3)}
-LARGE_MEMORY = 160 << 10
+OTHERS = {2: Settings(128, 32, 8, 5), 4: Settings(64, 16, 8, 5)}
 
 
-def settings_for(element_size: int, shared_memory: int) -> Settings:
-    """Settings for queries of a size on a device, given the shared memory that a program may have, in bytes."""
-    return (LARGE if shared_memory >= LARGE_MEMORY else SMALL)[element_size]
+def settings_for(element_size: int, capability: tuple[int, int]) -> Settings:
+    """Settings for queries of so many bytes on a device of a compute capability."""
+    return (LARGE if capability[0] in (9, 10) else OTHERS)[element_size]
 
 
 @dataclass(frozen=True, slots=True)
