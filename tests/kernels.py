@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def compiled(
     constants: dict[str, Any],
     arch: int,
     folder: Path,
+    floats: Sequence[str] = (),
+    multiples: Sequence[str] = (),
     **options: int,
 ) -> dict[str, int]:
     """Compile a kernel for sm_`arch`: its registers (REG), bytes of spilled registers (STACK) and of shared memory.
@@ -44,6 +47,8 @@ def compiled(
     Args:
         pointers: types of the kernel's pointer parameters. numbers: its integer parameters. constants: the others.
         folder: where the binary may be written. options: num_warps, num_stages.
+        floats: its fp32 parameters. multiples: parameters that are multiples of 16 (pointers: of 16 bytes), which
+            Triton finds out when it launches a kernel, and loads wide then.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -51,8 +56,12 @@ def compiled(
     from triton.knobs import nvidia
 
     signature = {name: f"*{kind}" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
-    code = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options=options)
+    signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    code = triton.compile(
+        ASTSource(kernel, signature, constants, known), target=GPUTarget("cuda", arch, 32), options=options
+    )
     cubin = folder / "cubin"
     cubin.write_bytes(code.asm["cubin"])
     out = subprocess.check_output([nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)

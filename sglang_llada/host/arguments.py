@@ -7,6 +7,7 @@ serve is refused in one message that lists every such option.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
+
+logger = logging.getLogger(__name__)
 
 STOCK_FLAG = "LowConfidence"
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
@@ -134,6 +137,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
         chosen |= graph_options(args, chosen["page_size"])
+        if args.device == "cuda":
+            chosen |= cuda_options(args, chosen["page_size"])
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
@@ -253,6 +258,44 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     if args.device == "cpu":  # where graphs are a test: few sizes will do
         return chosen | {"cuda_graph_bs_decode": [*powers_of_two(most), most]}
     return chosen | {"cuda_graph_max_bs_decode": most}
+
+
+def cuda_options(args: Any, block_size: int) -> dict[str, Any]:
+    """Our attention on a GPU, unless the user names another or it cannot serve the model there.
+
+    Raises:
+        ConfigError: the host's norms do not know the dtype.
+    """
+    import torch
+
+    if args.dtype in ("float32", "float"):
+        raise ConfigError(
+            f"--dtype is {args.dtype}, for which the host has no norms on CUDA; allowed: bfloat16, float16"
+        )
+    if args.attention_backend or args.prefill_attention_backend or args.decode_attention_backend:
+        return {}
+    config = read_config(folder_of(args.model_path, args.revision))
+    obstacles = attention_obstacles(args, config.head_dim, block_size, torch.cuda.get_device_capability())
+    if obstacles:
+        logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
+        return {}
+    return {"attention_backend": ATTENTION_BACKEND}
+
+
+def attention_obstacles(args: Any, head_dim: int, block_size: int, capability: tuple[int, int]) -> str:
+    """What keeps our attention kernel from serving a model on a GPU; empty if nothing does."""
+    from sglang_llada.llada2.attention_triton import BLOCKS, HEAD_SIZES
+
+    kv = args.kv_cache_dtype
+    rules = [
+        (capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"),
+        (head_dim in HEAD_SIZES, f"heads of {head_dim}"),
+        (block_size in BLOCKS, f"blocks of {block_size}"),
+        (kv in ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3"), f"--kv-cache-dtype {kv}"),
+        (kv != "fp8_e4m3" or capability >= (8, 9), f"--kv-cache-dtype {kv} below compute capability 8.9"),
+        (not args.enable_deterministic_inference, "--enable-deterministic-inference"),
+    ]
+    return ", ".join(what for holds, what in rules if not holds)
 
 
 def powers_of_two(below: int) -> Iterator[int]:

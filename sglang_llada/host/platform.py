@@ -56,10 +56,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers import dp_attention
         from sglang.srt.model_executor import forward_batch_info
 
-        from sglang_llada.host import cpu_attention
+        from sglang_llada.host import attention
         from sglang_llada.host.recording import kernel
 
-        cpu_attention.register()
+        attention.register()
         # The host has torch code for both, which it takes on its own CPU engine only.
         dp_attention.memcpy_func = kernel(dp_attention.memcpy_cpu)
         forward_batch_info._is_cpu = True

@@ -172,6 +172,78 @@ def filled(arguments: Any, mode: Mode, **given: Any) -> Any:
     return arguments.resolving_view(server_args)
 
 
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends that torch sees a card of a compute capability."""
+    import torch
+
+    return lambda *capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def mini(folder: Path, **changed: Any) -> str:
+    """A folder with the shipped configuration of a small model, and fields of it changed."""
+    source = json.loads((Path(__file__).parents[2] / "examples" / "tiny-llada2" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(source | changed))
+    return str(folder)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_on_a_gpu_attention_is_ours(arguments: Any, tmp_path: Path, card: Any, capability: tuple[int, int]) -> None:
+    card(*capability)
+    args = filled(arguments, Mode.ON, model_path=mini(tmp_path, head_dim=128), device="cuda")
+    assert args.attention_backend == "llada_rows"
+    from sglang.srt.arg_groups.overrides import _dllm_attention_backend
+
+    assert _dllm_attention_backend(args) == {}  # with graphs the host would have made it flashinfer
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"])
+def test_on_a_gpu_the_users_attention_wins(arguments: Any, tmp_path: Path, card: Any, flag: str) -> None:
+    card(9, 0)
+    given = {"model_path": mini(tmp_path), "device": "cuda", flag: "flashinfer"}
+    args = filled(arguments, Mode.ON, **given)
+    assert args.attention_backend == given.get("attention_backend")
+
+
+@pytest.mark.parametrize(
+    ("capability", "changed", "given", "named"),
+    [
+        ((7, 5), {}, {}, "compute capability 7.5"),
+        ((9, 0), {"head_dim": 96}, {}, "heads of 96"),
+        ((9, 0), {}, {"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+        ((8, 6), {}, {"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 below compute capability 8.9"),
+        ((9, 0), {}, {"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+    ],
+)
+def test_what_our_kernel_does_not_know_is_left_to_the_host_and_named(
+    arguments: Any,
+    tmp_path: Path,
+    card: Any,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    changed: dict[str, Any],
+    given: dict[str, Any],
+    named: str,
+) -> None:
+    card(*capability)
+    args = filled(arguments, Mode.ON, model_path=mini(tmp_path, **changed), device="cuda", **given)
+    assert args.attention_backend is None
+    assert named in caplog.text
+
+
+def test_fp32_is_refused_on_a_gpu(arguments: Any, tmp_path: Path, card: Any) -> None:
+    card(9, 0)
+    with pytest.raises(ConfigError, match="--dtype is float32"):
+        filled(arguments, Mode.ON, model_path=mini(tmp_path), device="cuda", dtype="float32")
+
+
+def test_the_command_line_accepts_our_attention(arguments: Any) -> None:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+
+    plugin.register()
+    assert "llada_rows" in ATTENTION_BACKEND_CHOICES
+
+
 def test_model_path_alone_is_enough(arguments: Any, llada2: str) -> None:
     args = filled(arguments, Mode.ON, model_path=llada2)
     assert args.dllm_algorithm == "Threshold"
