@@ -25,6 +25,7 @@ from torch import Tensor
 from sglang_llada.decode.contract import StepOut
 from sglang_llada.decode.decide import pack
 from sglang_llada.host.arguments import is_ours
+from sglang_llada.host.attention import KernelAttention
 from sglang_llada.host.executor import Decider, forward_rows, to_device
 from sglang_llada.host.rows import WRITTEN, Numbers, unfold
 
@@ -55,9 +56,8 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
     def unfolds(self, rows: int) -> bool:
         """Whether a step of so many rows needs nothing but their numbers: its graph makes all other inputs of them."""
-        return (
-            rows <= self.max_bs and getattr(self.attn_backend, "planless", False) and not self.require_gathered_buffer
-        )
+        planned = not isinstance(self.attn_backend, KernelAttention)
+        return rows <= self.max_bs and not planned and not self.require_gathered_buffer
 
     def capture(self) -> None:
         """Called by the host's constructor, before the first size is captured."""
