@@ -71,7 +71,7 @@ def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> 
     tokenizer. Stop ids are the union of what all three name, and the token that ends a turn.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    named = config_mask(config)
+    named = config.mask_token_id
     own = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else vocabulary.get(MASK_TOKEN)
     if named is not None and own is not None and named != own:
         raise ConfigError(f"mask_token_id is {named} in config.json, but the tokenizer's mask token is {own}")
@@ -107,11 +107,3 @@ def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> 
             f"neither: two ids below {config.vocab_size} that are not the mask token {mask_id} and no stop token"
         )
     return CheckpointFacts(config.block_size, mask_id, frozenset(stop_ids), config.vocab_size, *edit_ids)
-
-
-def config_mask(config: Llada2Config) -> int | None:
-    """The optional field config.mask_token_id."""
-    value = config.to_dict().get("mask_token_id")
-    if value is not None and not isinstance(value, int):
-        raise ConfigError(f"config.json: mask_token_id is {value!r}; allowed: an integer")
-    return value
