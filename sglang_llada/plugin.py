@@ -82,9 +82,9 @@ def hook_arguments(mode: Mode) -> None:
     from sglang_llada.host.arguments import correct_facts, fill_in, fill_in_platform
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
-        fill_in_platform(server_args)
-        previous(server_args)
         try:
+            fill_in_platform(server_args)
+            previous(server_args)
             fill_in(server_args, mode)
         except ConfigError as error:
             raise SystemExit(f"sglang-llada: {error}") from None

@@ -6,7 +6,7 @@ serve is refused in one message that lists every such option.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,11 +31,12 @@ from sglang_llada.config import (
 )
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
-from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
-from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
+from sglang_llada.llada2.checkpoint import CheckpointFacts, folder_of, read_config, read_facts, read_json
+from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
+logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -119,6 +120,9 @@ def fill_in(server_args: Any, mode: Mode) -> None:
     args = resolving_view(server_args)
     if ARCHITECTURE not in architectures(args.model_path, args.revision):
         return
+    model = read_config(folder_of(args.model_path, args.revision))
+    for remark in remarks(config_of(args.model_path, args.revision)):
+        logger.warning(remark)
     chosen: dict[str, Any] = {}
     if args.max_running_requests is None:
         chosen["max_running_requests"] = DEFAULT_MAX_RUNNING_REQUESTS
@@ -126,7 +130,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
-        check_split(args, read_config(folder_of(args.model_path, args.revision)))
+        check_split(args, model)
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
@@ -289,7 +293,7 @@ def config_of(model_path: str, revision: str | None) -> dict[str, Any]:
     folder = Path(model_path)
     if folder.is_dir():
         file = folder / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
     if "://" in model_path or folder.is_file():  # object stores and GGUF files
         return {}
     return fetch_config(model_path, revision)
@@ -310,12 +314,3 @@ def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:
 def facts_of(model_path: str, revision: str | None) -> CheckpointFacts:
     """The facts of a checkpoint in a folder or, named by its repository, in the local cache."""
     return read_facts(folder_of(model_path, revision))
-
-
-def folder_of(model_path: str, revision: str | None) -> Path:
-    """Where the small files of a checkpoint are; fetched if need be."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))

@@ -268,8 +268,7 @@ def remarks(fields: Mapping[str, Any]) -> list[str]:
     """What somebody should know of a config.json that is served anyway: fields of no known meaning, values guessed."""
     own = {*PretrainedConfig().to_dict(), *GenerationConfig().to_dict(), *vars(PretrainedConfig())}
     unknown = [name for name in fields if name not in FIELDS and name not in own]
-    known_rotary = {key for _, parameters in rope_dicts(fields) for key in parameters}
-    guessed = [name for name in UNSEEN if fields.get(name) is None and name not in known_rotary]
+    guessed = [name for name in UNSEEN if not stated_in(name, fields)]
     if fields.get("expert_capacity") is not None:
         guessed = [name for name in guessed if name not in ("n_group", "topk_group")]
     if fields.get("rotary_dim") is not None:
@@ -289,9 +288,8 @@ def rotary_of(fields: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     transformers writes them as fields, or in a dict `rope_parameters` (once `rope_scaling`), which may in turn hold a
     dict for each kind of layer. Whatever is stated twice must agree.
     """
-    places = [("", dict(fields)), *((f"{where}.", parameters) for where, parameters in rope_dicts(fields))]
-    theta = agreed("rope_theta", places)
-    factor = agreed("partial_rotary_factor", places)
+    theta = agreed("rope_theta", fields)
+    factor = agreed("partial_rotary_factor", fields)
     stated = fields.get("rotary_dim")
     if factor is None:
         factor = FIELDS["partial_rotary_factor"].default if stated is None else stated / head_dim
@@ -324,9 +322,15 @@ def rope_dicts(fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
             yield where, parameters
 
 
-def agreed(name: str, places: list[tuple[str, dict[str, Any]]]) -> Any:
-    """The value that every place which states a field gives it; None if none does."""
-    stated = {where + name: parameters[name] for where, parameters in places if parameters.get(name) is not None}
+def stated_in(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The places of config.json that state a rotary parameter, with what they state."""
+    places = [("", fields), *((f"{where}.", parameters) for where, parameters in rope_dicts(fields))]
+    return {where + name: found[name] for where, found in places if found.get(name) is not None}
+
+
+def agreed(name: str, fields: Mapping[str, Any]) -> Any:
+    """The value of a rotary parameter in every place that states it; None if none does."""
+    stated = stated_in(name, fields)
     refuse([FIELDS[name].complaint(where, value) for where, value in stated.items()])
     if len(set(stated.values())) > 1:
         refuse([" but ".join(f"{where} is {value}" for where, value in stated.items())])

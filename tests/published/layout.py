@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +31,15 @@ SIZES = (
     "num_experts num_experts_per_tok num_shared_experts n_group topk_group moe_intermediate_size first_k_dense_replace "
     "rope_theta expert_capacity pad_token_id delete_token_id split_token_id"
 ).split()
+SETTINGS: dict[str, Any] = {  # tokenizer_config.json
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 32768,
+}
+BASE_VOCABULARY, TOKENS = 156_891, 157_153
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.\d+\.(\w+)\.weight")
 
 
@@ -105,14 +115,7 @@ def write_tokenizer(trained: Path, folder: Path, layout: Layout) -> None:
     added = tokenizer["added_tokens"]
     tokenizer["added_tokens"] = [each for each in added if each["content"] not in ("<|delete|>", "<|split|>")]
     _dump(folder / "tokenizer.json", tokenizer)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-    }
+    settings = dict(SETTINGS)
     template = trained / "chat_template.jinja"
     if layout.beside:
         shutil.copy(template, folder)
@@ -123,6 +126,19 @@ def write_tokenizer(trained: Path, folder: Path, layout: Layout) -> None:
     _dump(folder / "tokenizer_config.json", settings)
     if layout.resaved:
         PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+
+
+def write_full_tokenizer(folder: Path) -> None:
+    """A tokenizer of the published size, with the tokens that decoding asks for at their published ids."""
+    special = {"<|startoftext|>": 156891, "<|endoftext|>": 156892, "<|mask|>": 156895, "<|role_end|>": 156900}
+    text_of = {token: text for text, token in special.items()}
+    added = [(token, text_of.get(token, f"<|reserved_{token}|>")) for token in range(BASE_VOCABULARY, TOKENS)]
+    tokenizer = Tokenizer(models.WordLevel({f"word{token}": token for token in range(BASE_VOCABULARY)}, "word0"))
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for _, text in added])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (EXAMPLES / "tiny-llada2" / "chat_template.jinja").read_text(encoding="utf-8")
+    _dump(folder / "tokenizer_config.json", SETTINGS | {"chat_template": template})
 
 
 def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
