@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {  # tokenizer_config.json
     "model_max_length": 32768,
 }
 BASE_VOCABULARY, TOKENS = 156_891, 157_153
-EXPERT = re.compile(r"(.*\.mlp\.experts)\.\d+\.(\w+)\.weight")
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +143,15 @@ def write_full_tokenizer(folder: Path) -> None:
 
 def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The experts of each layer as one tensor for each matrix, without `.weight`."""
-    stacks: dict[str, list[Tensor]] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
     rest = {}
-    for name, tensor in tensors.items():  # in the order of experts
+    for name, tensor in tensors.items():
         if found := EXPERT.fullmatch(name):
-            stacks.setdefault(f"{found[1]}.{found[2]}", []).append(tensor)
+            stacks.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = tensor
         else:
             rest[name] = tensor
-    return rest | {name: torch.stack(experts) for name, experts in stacks.items()}
+    stacked = {name: torch.stack([experts[e] for e in range(len(experts))]) for name, experts in stacks.items()}
+    return rest | stacked
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
