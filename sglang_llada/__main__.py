@@ -72,9 +72,10 @@ def show_check() -> int:
 
 def show_model(model: str, revision: str | None) -> int:
     """What is read of a checkpoint, without its weights."""
+    from sglang_llada.host.hub import folder_of
     from sglang_llada.llada2.report import report
 
-    found = report(model, revision)
+    found = report(model, folder_of(model, revision))
     for line in found.lines():
         print(line)
     return 1 if found.refusals else 0

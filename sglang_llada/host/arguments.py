@@ -30,8 +30,9 @@ from sglang_llada.config import (
     without_host_keys,
 )
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.hub import folder_of
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
-from sglang_llada.llada2.checkpoint import CheckpointFacts, folder_of, read_config, read_facts, read_json
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts, read_json
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
 

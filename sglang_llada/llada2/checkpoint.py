@@ -1,4 +1,4 @@
-"""Facts that come from the checkpoint and nowhere else: block size, mask id, stop ids; and where its files are."""
+"""Facts that come from the checkpoint and nowhere else: block size, mask id, stop ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sglang_llada.llada2.config import Llada2Config
 MASK_TOKEN = "<|mask|>"
 TURN_END = "<|role_end|>"
 MOST_SAID = 240  # characters of an error of other people's code
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +111,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds {content!r}; needed is a JSON object")
     return content
-
-
-def folder_of(model: str, revision: str | None = None) -> Path:
-    """Where the small files of a checkpoint are; of a repository in the local cache, fetched if need be."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES))
-    except HFValidationError:
-        raise ConfigError(f"{model!r} is neither a folder nor the name of a repository") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConfigError(
-            f"{model!r} is no folder, and as a repository it is neither in the local Hugging Face cache nor to be had "
-            f"from the hub: {shortly(error)}"
-        ) from None
 
 
 def shortly(error: Exception) -> str:

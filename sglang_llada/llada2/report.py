@@ -17,7 +17,6 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.checkpoint import (
     CheckpointFacts,
     Stated,
-    folder_of,
     gather,
     read_config,
     read_fields,
@@ -61,13 +60,12 @@ class Report:
             self.refusals.append(str(error))
 
 
-def report(model: str, revision: str | None = None) -> Report:
-    """Everything that is read of a checkpoint, in a folder or a repository, before its weights are.
+def report(model: str, folder: Path) -> Report:
+    """Everything that is read of a checkpoint before its weights are; `model` is what the user calls it.
 
     Raises:
-        ConfigError: there is no checkpoint of that name, or it has no config.json.
+        ConfigError: it has no config.json.
     """
-    folder = folder_of(model, revision)
     fields = read_fields(folder)
     out = Report([("checkpoint", model if Path(model) == folder else f"{model}, in {folder}")])
     out.add(lambda: of_class(fields))

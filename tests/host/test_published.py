@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoConfig
 from sglang_llada.__main__ import main
 from sglang_llada.config import Mode
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.hub import folder_of
+from sglang_llada.llada2.report import report
 from sglang_llada.plugin import register_config
 from tests.host.serving import serving
 from tests.published.layout import LAYOUTS, published, write
@@ -86,6 +89,44 @@ def test_model_goes_with_check_alone(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["env", "--model", "x"])
     assert "--model goes with check" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local cache of repositories, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_repository_is_read_from_the_local_cache(hub: Path, tmp_path: Path) -> None:
+    repository = hub / "models--inclusionAI--LLaDA2.1-mini"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(write("LLaDA2.1-mini", tmp_path), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    name = "inclusionAI/LLaDA2.1-mini"
+    said = dict(report(name, folder_of(name)).facts)
+    assert said["checkpoint"] == f"inclusionAI/LLaDA2.1-mini, in {snapshot}"
+    assert said["algorithm"].startswith("joint_threshold")
+    assert said["tensors"] == "189, as config.json asks"
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            "inclusionAI/LLaDA2.0-mini",
+            "is no folder, and as a repository it is neither in the local Hugging Face cache",
+        ),
+        ("./not here", "is neither a folder nor the name of a repository"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_said_in_a_sentence(hub: Path, model: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        folder_of(model)
 
 
 @pytest.mark.slow

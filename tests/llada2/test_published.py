@@ -167,7 +167,7 @@ def test_the_report_says_what_is_read_and_where_it_stands(name: str, full_tokeni
     folder = tmp_path / name
     shutil.copytree(full_tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(published(name)))
-    out = report(str(folder))
+    out = report(str(folder), folder)
     said = dict(out.facts)
     assert out.refusals == [] and out.remarks == []
     assert said["mask"] == "156895 (token <|mask|> of the tokenizer)"
@@ -183,7 +183,7 @@ def test_the_report_says_what_is_read_and_where_it_stands(name: str, full_tokeni
 
 
 def test_the_report_counts_tensors(tmp_path: Path) -> None:
-    said = dict(report(str(write("dFactory-mini-merged", tmp_path))).facts)
+    said = dict(report("mine", write("dFactory-mini-merged", tmp_path)).facts)
     assert said["weights"].startswith("3 of 3 files here")
     assert said["tensors"] == "54, as config.json asks"
 
@@ -234,48 +234,11 @@ def change(file: Path, **fields: Any) -> None:
 def test_the_report_says_what_a_start_would_refuse(spoil: Any, told: str, tmp_path: Path) -> None:
     folder = write("LLaDA2.0-mini", tmp_path)
     spoil(folder)
-    assert [told in refusal for refusal in report(str(folder)).refusals] == [True]
+    assert [told in refusal for refusal in report(str(folder), folder).refusals] == [True]
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     folder = write("LLaDA2.0-mini", tmp_path)
     spoil_config(folder)
     with pytest.raises(ConfigError, match=r"config\.json is no JSON"):
-        report(str(folder))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty local cache of repositories, and no network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def test_a_repository_is_read_from_the_local_cache(hub: Path, tmp_path: Path) -> None:
-    repository = hub / "models--inclusionAI--LLaDA2.1-mini"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    shutil.copytree(write("LLaDA2.1-mini", tmp_path), snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    said = dict(report("inclusionAI/LLaDA2.1-mini").facts)
-    assert said["checkpoint"] == f"inclusionAI/LLaDA2.1-mini, in {snapshot}"
-    assert said["algorithm"].startswith("joint_threshold")
-    assert said["tensors"] == "189, as config.json asks"
-
-
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [
-        (
-            "inclusionAI/LLaDA2.0-mini",
-            "is no folder, and as a repository it is neither in the local Hugging Face cache",
-        ),
-        ("./not here", "is neither a folder nor the name of a repository"),
-    ],
-)
-def test_a_model_that_is_nowhere_is_said_in_a_sentence(hub: Path, model: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        report(model)
+        report(str(folder), folder)
