@@ -6,6 +6,7 @@ serve is refused in one message that lists every such option.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -37,6 +38,11 @@ from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
+# Of config.json: what decides how it is decoded, and what rotary_dim and rope_theta have been worked out from.
+UNHEARD = (
+    "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
+    "rope_scaling"
+).split()
 logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
@@ -131,6 +137,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
+        refuse_unheard(json.loads(args.json_model_override_args), model)
         check_split(args, model)
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
@@ -201,6 +208,17 @@ def refuse_unsupported(args: Any) -> None:
     asked = [refusal.option for refusal in REFUSALS if refusal.asks(args)]
     if asked:
         raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
+
+
+def refuse_unheard(overrides: dict[str, Any], model: Llada2Config) -> None:
+    """Raise ConfigError for each override of the user that would not be heard: those are read from config.json alone.
+
+    The host sets all others on the configuration that the network is made from.
+    """
+    asked = {name: overrides[name] for name in UNHEARD if name in overrides}
+    unheard = [f"{name} {value!r}" for name, value in asked.items() if value != getattr(model, name)]
+    if unheard:
+        raise ConfigError(f"--json-model-override-args: {', '.join(unheard)} would have no effect; change config.json")
 
 
 def check_split(args: Any, config: Llada2Config) -> None:

@@ -73,6 +73,32 @@ def test_what_nobody_knows_is_said_at_the_start(tmp_path: Path, caplog: pytest.L
     ]
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ({"block_size": 16}, "block_size 16 would have no effect; change config.json"),
+        ({"delete_token_id": 3, "split_token_id": 4}, "delete_token_id 3, split_token_id 4 would have no effect"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters {'rope_type': 'yarn'} would have no effect"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling {'rope_type': 'yarn'} would have no effect"),
+        ({"rope_theta": 7, "block_size": 32}, None),
+    ],
+)
+def test_an_override_that_would_not_be_heard_is_refused(
+    override: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_llada.host.arguments import fill_in
+
+    folder = write("LLaDA2.0-mini", tmp_path)
+    args = ServerArgs(model_path=str(folder), json_model_override_args=json.dumps(override))
+    if told is None:
+        fill_in(args, Mode.ON)
+    else:
+        with pytest.raises(ConfigError, match=told):
+            fill_in(args, Mode.ON)
+
+
 def test_check_prints_what_is_read_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write("LLaDA2.2-mini-rope-parameters-only", tmp_path)
     assert main(["check", "--model", str(folder)]) == 0
