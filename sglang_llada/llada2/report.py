@@ -71,12 +71,12 @@ def report(model: str, folder: Path) -> Report:
     out.add(lambda: of_class(fields))
     if out.refusals:
         return out
-    out.remarks = remarks(fields)
     try:
         config = read_config(folder)
     except ConfigError as error:
         out.refusals.append(str(error))
         return out
+    out.remarks = remarks(fields)
     out.facts.extend(of_network(config, fields))
     out.add(lambda: of_tokens(folder, config, model))
     out.add(lambda: of_files(folder))

@@ -200,6 +200,10 @@ def spoil_rotary(folder: Path) -> None:
     change(folder / "config.json", rotary_dim=4)
 
 
+def spoil_scaling(folder: Path) -> None:
+    change(folder / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0})
+
+
 def spoil_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
 
@@ -225,6 +229,7 @@ def change(file: Path, **fields: Any) -> None:
     [
         (spoil_class, "architectures is ['LlamaForCausalLM']; allowed: ['LLaDA2MoeModelLM']"),
         (spoil_rotary, "rotary_dim is 4, but head_dim 32 x partial_rotary_factor 0.5 is 16.0"),
+        (spoil_scaling, "rope_scaling is {'rope_type': 'yarn', 'factor': 4.0}; only plain rotary is implemented"),
         (spoil_tokenizer, "the tokenizer cannot be read: "),
         (spoil_generation, "generation_config.json holds []; needed is a JSON object"),
         (spoil_stop, "stop token id 400 (eos_token_id of config.json) is outside the vocabulary of 400"),
