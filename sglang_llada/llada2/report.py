@@ -112,7 +112,7 @@ def of_network(c: Llada2Config, fields: Mapping[str, Any]) -> Iterator[tuple[str
         f"{'normalised, ' if c.norm_topk_prob else ''}x {c.routed_scaling_factor}; {c.num_shared_experts} shared",
     )
     places = ", ".join(stated_in("rope_theta", fields)) or "not stated"
-    yield "rotary", f"base {c.rope_theta:g} ({places}), {c.rotary_dim} of {c.head_dim} dimensions"
+    yield "rotary", f"base {c.rope_theta:,.10g} ({places}), {c.rotary_dim} of {c.head_dim} dimensions"
     yield "positions", f"{c.max_position_embeddings}, in blocks of {c.block_size}"
     cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * BF16_BYTES
     yield (
@@ -175,7 +175,8 @@ def of_files(folder: Path) -> Iterator[tuple[str, str]]:
     named = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
     files = sorted(file for file in folder.glob("*.safetensors") if not named or file.name in named)
     of_all = f"{len(files)} of {len(named)}" if named else f"{len(files)}"
-    yield "weights", f"{of_all} files here, {sum(file.stat().st_size for file in files):,} bytes"
+    size = sum(file.stat().st_size for file in files)
+    yield "weights", f"{of_all} files here, {size:,} bytes" if files else "no files here, so tensors are not checked"
     if files:
         check_files(folder)
         yield "tensors", f"{sum(map(_tensors_of, files)):,}, as config.json asks"

@@ -103,7 +103,7 @@ def test_check_prints_what_is_read_of_a_checkpoint(tmp_path: Path, capsys: pytes
     folder = write("LLaDA2.2-mini-rope-parameters-only", tmp_path)
     assert main(["check", "--model", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "base 10000 (rope_parameters.rope_theta), 16 of 32 dimensions" in out
+    assert "base 10,000 (rope_parameters.rope_theta), 16 of 32 dimensions" in out
     assert "nothing of this is refused" in out
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_head": True}))
