@@ -68,10 +68,11 @@ def register_config(mode: Mode) -> None:
     """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
     from transformers import AutoConfig
 
-    from sglang_llada.host.stock import StockConfig
-    from sglang_llada.llada2.config import MODEL_TYPE, Llada2Config
+    from sglang_llada.host.stock import StockConfig, StockMergedConfig
+    from sglang_llada.llada2.config import Llada2Config, MergedConfig
 
-    AutoConfig.register(MODEL_TYPE, Llada2Config if mode is Mode.ON else StockConfig, exist_ok=True)
+    for config in (Llada2Config, MergedConfig) if mode is Mode.ON else (StockConfig, StockMergedConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def hook_arguments(mode: Mode) -> None:
@@ -84,9 +85,9 @@ def hook_arguments(mode: Mode) -> None:
     from sglang_llada.host.platform import ATTENTION_BACKEND
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
-        fill_in_platform(server_args)
-        previous(server_args)
         try:
+            fill_in_platform(server_args)
+            previous(server_args)
             fill_in(server_args, mode)
         except ConfigError as error:
             raise SystemExit(f"sglang-llada: {error}") from None

@@ -31,14 +31,21 @@ from sglang_llada.config import (
     without_host_keys,
 )
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.hub import folder_of
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
-from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
-from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts, read_json
+from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
 
 logger = logging.getLogger(__name__)
 
 STOCK_FLAG = "LowConfidence"
+# Of config.json: what decides how it is decoded, and what rotary_dim and rope_theta have been worked out from.
+UNHEARD = (
+    "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
+    "rope_scaling"
+).split()
+logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -122,6 +129,9 @@ def fill_in(server_args: Any, mode: Mode) -> None:
     args = resolving_view(server_args)
     if ARCHITECTURE not in architectures(args.model_path, args.revision):
         return
+    model = read_config(folder_of(args.model_path, args.revision))
+    for remark in remarks(config_of(args.model_path, args.revision)):
+        logger.warning(remark)
     chosen: dict[str, Any] = {}
     if args.max_running_requests is None:
         chosen["max_running_requests"] = DEFAULT_MAX_RUNNING_REQUESTS
@@ -129,7 +139,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
-        check_split(args, read_config(folder_of(args.model_path, args.revision)))
+        refuse_unheard(json.loads(args.json_model_override_args), model)
+        check_split(args, model)
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
@@ -201,6 +212,17 @@ def refuse_unsupported(args: Any) -> None:
     asked = [refusal.option for refusal in REFUSALS if refusal.asks(args)]
     if asked:
         raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
+
+
+def refuse_unheard(overrides: dict[str, Any], model: Llada2Config) -> None:
+    """Raise ConfigError for each override of the user that would not be heard: those are read from config.json alone.
+
+    The host sets all others on the configuration that the network is made from.
+    """
+    asked = {name: overrides[name] for name in UNHEARD if name in overrides}
+    unheard = [f"{name} {value!r}" for name, value in asked.items() if value != getattr(model, name)]
+    if unheard:
+        raise ConfigError(f"--json-model-override-args: {', '.join(unheard)} would have no effect; change config.json")
 
 
 def check_split(args: Any, config: Llada2Config) -> None:
@@ -332,7 +354,7 @@ def config_of(model_path: str, revision: str | None) -> dict[str, Any]:
     folder = Path(model_path)
     if folder.is_dir():
         file = folder / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
     if "://" in model_path or folder.is_file():  # object stores and GGUF files
         return {}
     return fetch_config(model_path, revision)
@@ -353,12 +375,3 @@ def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:
 def facts_of(model_path: str, revision: str | None) -> CheckpointFacts:
     """The facts of a checkpoint in a folder or, named by its repository, in the local cache."""
     return read_facts(folder_of(model_path, revision))
-
-
-def folder_of(model_path: str, revision: str | None) -> Path:
-    """Where the small files of a checkpoint are; fetched if need be."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))
