@@ -1,7 +1,7 @@
 """On devices: attention backends against the reference, graphs against eager steps, several ranks against one.
 
-Not run yet. The host has no norms in fp32 on CUDA, so what is served is in bf16, and most answers, not all, are those of
-the reference. The trained checkpoint has heads of 32, which FlashInfer does not have kernels for; FlashInfer is
+Not run yet. The host has no norms in fp32 on CUDA, so what is served is in bf16, and most answers, not all, are the
+reference's. The trained checkpoint has heads of 32, which FlashInfer does not have kernels for; FlashInfer is
 therefore compared by logits, on random weights with heads of 128.
 """
 
