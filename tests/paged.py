@@ -29,7 +29,7 @@ class Paged:
         length: int,
         block: int = 32,
         group: int = 4,
-        kv_heads: int = 2,
+        kv_heads: int = 1,
         head_size: int = 32,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",

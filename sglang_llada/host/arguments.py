@@ -149,7 +149,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["enable_dp_lm_head"] = attention_dp(args)
         chosen |= graph_options(args, chosen["page_size"])
         if args.device == "cuda":
-            chosen |= cuda_options(args, chosen["page_size"])
+            chosen |= cuda_options(args)
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
@@ -282,7 +282,7 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     return chosen | {"cuda_graph_max_bs_decode": most}
 
 
-def cuda_options(args: Any, block_size: int) -> dict[str, Any]:
+def cuda_options(args: Any) -> dict[str, Any]:
     """Our attention on a GPU, unless the user names another or it cannot serve the model there.
 
     Raises:
@@ -297,22 +297,21 @@ def cuda_options(args: Any, block_size: int) -> dict[str, Any]:
     if args.attention_backend or args.prefill_attention_backend or args.decode_attention_backend:
         return {}
     config = read_config(folder_of(args.model_path, args.revision))
-    obstacles = attention_obstacles(args, config.head_dim, block_size, torch.cuda.get_device_capability())
+    obstacles = attention_obstacles(args, config.head_dim, torch.cuda.get_device_capability())
     if obstacles:
         logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
         return {}
     return {"attention_backend": ATTENTION_BACKEND}
 
 
-def attention_obstacles(args: Any, head_dim: int, block_size: int, capability: tuple[int, int]) -> str:
+def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -> str:
     """What keeps our attention kernel from serving a model on a GPU; empty if nothing does."""
-    from sglang_llada.llada2.attention_triton import BLOCKS, HEAD_SIZES
+    from sglang_llada.llada2.attention_triton import HEAD_SIZES
 
     kv = args.kv_cache_dtype
     rules = [
         (capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"),
         (head_dim in HEAD_SIZES, f"heads of {head_dim}"),
-        (block_size in BLOCKS, f"blocks of {block_size}"),
         (kv in ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3"), f"--kv-cache-dtype {kv}"),
         (kv != "fp8_e4m3" or capability >= (8, 9), f"--kv-cache-dtype {kv} below compute capability 8.9"),
         (not args.enable_deterministic_inference, "--enable-deterministic-inference"),

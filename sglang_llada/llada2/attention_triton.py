@@ -28,7 +28,6 @@ from sglang_llada.errors import IntegrityError
 
 INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be one of integers
 HEAD_SIZES = (16, 32, 64, 128)
-BLOCKS = (16, 32, 64)
 MOST_SPLITS = 64
 MERGED = {"QUERIES": 8, "PARTS": 8, "num_warps": 4}  # by one program of the merge at once
 LOG2_E = 1.4426950408889634

@@ -45,21 +45,21 @@ if INTERPRETED:
 
     ROWS = [(1, 32), (0, 64), (1, 320), (0, 352), (0, 96)]  # rows of one request in one forward, in no order
 
-    @pytest.mark.parametrize(("group", "splits"), [(1, 1), (3, 2), (4, 1), (4, 5), (8, 3)])
+    @pytest.mark.parametrize(("group", "splits"), [(1, 1), (3, 2), (4, 5), (8, 2)])
     def test_groups_of_heads_and_splits(group: int, splits: int) -> None:
-        agree(Paged.make(ROWS, length=352, group=group), splits=splits)
+        agree(Paged.make(ROWS, length=352, group=group, kv_heads=2), splits=splits)
 
-    @pytest.mark.parametrize(("block", "head_size"), [(16, 16), (16, 128), (64, 64)])
+    @pytest.mark.parametrize(("block", "head_size"), [(8, 16), (12, 128), (64, 64)])
     def test_blocks_and_heads(block: int, head_size: int) -> None:
         rows = [(0, block), (0, 5 * block), (1, 4 * block)]
         agree(Paged.make(rows, length=5 * block, block=block, head_size=head_size), splits=3)
 
-    @pytest.mark.parametrize("tile", [{"keys": 32}, {"keys": 128, "part": 128}, {"queries": 64}, {"queries": 16}])
+    @pytest.mark.parametrize("tile", [{"keys": 32}, {"keys": 128, "part": 128}, {"queries": 64}])
     def test_tiles(tile: dict[str, int]) -> None:
         agree(Paged.make(ROWS, length=352), splits=2, **tile)
 
     def test_thousands_of_keys_in_many_splits() -> None:
-        agree(Paged.make([(0, 4096), (0, 32), (0, 2080)], length=4096, kv_heads=1), splits=20)
+        agree(Paged.make([(0, 4096), (0, 32), (0, 2080)], length=4096), splits=20)
 
     @pytest.mark.parametrize(("dtype", "off"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
     def test_half_precision(dtype: torch.dtype, off: float) -> None:
