@@ -32,7 +32,7 @@ def test_selection(positions: int, vocabulary: int, width: int, dtype: torch.dty
 
 @pytest.mark.parametrize("wanted", [0, 1, 64, 65, 300])
 def test_positions_that_nobody_wants_are_left_alone(wanted: int) -> None:
-    hidden, head = torch.randn(300, 256, device="cuda"), Head(torch.randn(5000, 256, device="cuda"))
+    hidden, head = torch.randn(300, 256).bfloat16().cuda(), Head(torch.randn(5000, 256).bfloat16().cuda())
     whole = select(hidden, head, MASK)
     some = select(hidden, head, MASK, wanted=torch.tensor(wanted, device="cuda"))
     assert torch.equal(some.token[:wanted], whole.token[:wanted])

@@ -44,7 +44,7 @@ else:
 
         used = compiled(
             router_triton.kernel,
-            {"logits": "fp32", "expert_bias": "fp32", "weights": "fp32", "ids": "i64"},
+            {"logits": "*fp32", "expert_bias": "*fp32", "weights": "*fp32", "ids": "*i64"},
             [],
             {
                 "EXPERTS": 256,
