@@ -145,6 +145,43 @@ def decide(
     return replace(out, ids=out.ids.masked_fill(unsound, -1))
 
 
+def outcome(
+    hidden: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    count: int,
+    *,
+    head: Head,
+    block_size: int,
+    tokens: Tokens,
+    exchange: Exchange | None = None,
+    groups: Sequence[Group] = (),
+    codes: Collection[int] = tuple(CODES.values()),
+    trace: bool = False,
+) -> Tensor:
+    """What the host reads of a step: decide(), packed.
+
+    On a GPU a few kernels of ours do all of it (decide_triton.py), unless tokens are chosen elsewhere or inserted.
+    """
+    if hidden.is_cuda and not tokens.indel and not any(group.chooses for group in groups):
+        from sglang_llada.decode import decide_triton
+
+        return decide_triton.outcome(hidden, ids, table, count, head, block_size, tokens.mask, exchange, trace=trace)
+    made = decide(
+        hidden,
+        ids,
+        table,
+        count,
+        head=head,
+        block_size=block_size,
+        tokens=tokens,
+        exchange=exchange,
+        groups=groups,
+        codes=codes,
+    )
+    return pack(made, trace=trace)
+
+
 def where(rows: Tensor, a: StepOut, b: StepOut) -> StepOut:
     """For each row what a says if `rows` [R] is true, else what b says."""
     pick = rows[:, None]
