@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ def compiled(
     constants: dict[str, Any],
     arch: int,
     folder: Path,
+    scales: Sequence[str] = (),
     **options: int,
 ) -> dict[str, int]:
     """Compile a kernel for sm_`arch`: its registers (REG), bytes of spilled registers (STACK) and of shared memory.
 
     Args:
         arrays: types of the kernel's pointers and descriptors. numbers: its integer parameters. constants: the others.
-        folder: where the binary may be written. options: num_warps, num_stages.
+        scales: its parameters in fp32. folder: where the binary may be written. options: num_warps, num_stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -53,7 +55,9 @@ def compiled(
     # Addresses of tensors are multiples of 16; without knowing that, a kernel would fetch number by number.
     names = [name for name, kind in arrays.items() if kind.startswith("*")]
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
-    signature = arrays | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
+    signature = (
+        arrays | dict.fromkeys(numbers, "i32") | dict.fromkeys(scales, "fp32") | dict.fromkeys(constants, "constexpr")
+    )
     order = {name: signature[name] for name in kernel.arg_names}
     source = ASTSource(kernel, order, constants, attrs=aligned)
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

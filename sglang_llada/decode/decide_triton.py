@@ -1,8 +1,9 @@
 """A step's decisions on a GPU (decide.py is what they must be): two Triton kernels around those of select_triton.py.
 
 The first gathers the hidden states of the positions that are open or editable, so that selection works on these alone
-and no size is read on the host. The second makes of what was selected, of the tokens and of the records what the host
-reads: every algorithm that does not insert is a few lines over one row's positions. Levenshtein stays with torch.
+and no size is read on the host. The second makes decisions of what was selected, of the tokens and of the records, and
+packs them for the host: every algorithm that does not insert is a few lines over one row's positions. Levenshtein stays
+with torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sglang_llada.decode.contract import State, StepOut
 from sglang_llada.decode.decide import CODES, COUNTS, STAYS
 from sglang_llada.decode.select import Exchange, Head
 from sglang_llada.decode.select_triton import select
@@ -23,7 +25,7 @@ ROWS = tl.constexpr(128)  # whose positions are counted at once
 JOINT, RUN = tl.constexpr(CODES["joint_threshold"]), tl.constexpr(CODES["run"])
 
 
-def outcome(
+def decide(
     hidden: Tensor,
     ids: Tensor,
     table: Tensor,
@@ -32,15 +34,22 @@ def outcome(
     block_size: int,
     mask_id: int,
     exchange: Exchange | None = None,
-    *,
-    trace: bool = False,
-) -> Tensor:
-    """As decide.outcome, for checkpoints that do not insert and rows that choose no tokens elsewhere."""
-    ops = torch.ops.sglang_llada
-    gathered, number = ops.gather_wanted(hidden, table, block_size, min(count, len(hidden)))
+) -> StepOut:
+    """As decide.decide, for checkpoints that do not insert and rows that choose no tokens elsewhere."""
+    T, ops = block_size, torch.ops.sglang_llada
+    gathered, number = ops.gather_wanted(hidden, table, T, min(count, len(hidden)))
     best = select(gathered, head, mask_id, 1, exchange, number)
-    packed: Tensor = ops.decide_rows(ids, table, best.token, best.prob, block_size, trace)
-    return packed
+    packed, is_open, done, written, prob = ops.decide_rows(ids, table, best.token, best.prob, T)
+    return StepOut(
+        ids=packed[:, :T],
+        open=is_open,
+        state=State(step=packed[:, T + 1], edits=packed[:, T + 2], memory=packed[:, T + 3 : T + 3]),
+        done=done,
+        written=written,
+        prob=prob,
+        origin=packed[:, 2 * T + OUTCOME : 3 * T + OUTCOME],
+        packed=packed,
+    )
 
 
 @torch.library.custom_op(
@@ -75,31 +84,46 @@ def room_for_wanted(hidden: Tensor, table: Tensor, block_size: int, count: int) 
 @torch.library.custom_op(
     "sglang_llada::decide_rows",
     mutates_args=(),
-    schema="(Tensor ids, Tensor table, Tensor token, Tensor prob, int block_size, bool trace) -> Tensor",
+    schema="(Tensor ids, Tensor table, Tensor token, Tensor prob, int block_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def decide_rows(ids: Tensor, table: Tensor, token: Tensor, prob: Tensor, block_size: int, trace: bool) -> Tensor:
-    """The rows' outcome; token, prob [count, 1] of the wanted positions, in order."""
-    out = room_for_outcome(ids, table, token, prob, block_size, trace)
+def decide_rows(ids: Tensor, table: Tensor, token: Tensor, prob: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """What is decided, packed with a trace, and its open, done, written and prob (StepOut).
+
+    token, prob: [count, 1], of the wanted positions, in order.
+    """
+    out = packed, is_open, done, written, chances = room_for_decisions(ids, table, token, prob, block_size)
     rows_kernel[(len(table),)](
         ids.contiguous(),
         table,
         token,
         prob,
-        out,
+        packed,
+        is_open.view(torch.uint8),
+        done.view(torch.uint8),
+        written.view(torch.uint8),
+        chances,
         table.stride(0),
-        out.stride(0),
         BLOCK=block_size,
         PADDED=triton.next_power_of_2(block_size),
         RECORD=RECORD,
-        TRACE=trace,
         num_warps=1,
     )
     return out
 
 
 @decide_rows.register_fake
-def room_for_outcome(ids: Tensor, table: Tensor, token: Tensor, prob: Tensor, block_size: int, trace: bool) -> Tensor:
-    return ids.new_empty(len(table), block_size + OUTCOME + (3 * block_size if trace else 0))
+def room_for_decisions(
+    ids: Tensor, table: Tensor, token: Tensor, prob: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    R, T = len(table), block_size
+    return (
+        ids.new_empty(R, T + OUTCOME + 3 * T),
+        ids.new_empty(R, T, dtype=torch.bool),
+        ids.new_empty(R, dtype=torch.bool),
+        ids.new_empty(R, T, dtype=torch.bool),
+        prob.new_empty(R, T),
+    )
 
 
 @triton.jit
@@ -155,15 +179,17 @@ def rows_kernel(
     table,
     token,
     prob,
-    out,
+    packed,
+    open_out,
+    done_out,
+    written_out,
+    prob_out,
     stride,
-    out_stride,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     RECORD: tl.constexpr,
-    TRACE: tl.constexpr,
 ):
-    """Program r: row r's outcome, as decide.pack lays it out."""
+    """Program r: row r's decisions; packed as decide.pack lays it out."""
     r = tl.program_id(0)
     t = tl.arange(0, PADDED)
     inside = t < BLOCK
@@ -215,14 +241,17 @@ def rows_kernel(
     unsound = tl.sum(((best < 0) & (wanted > 0)).to(tl.int32), 0) > 0
     new = tl.where(unsound, -1, tl.where(written, best, old))
 
-    to = out + r * out_stride
+    to = packed + r * (4 * BLOCK + 4)
     tl.store(to + t, new, inside)
     tl.store(to + BLOCK, tl.sum(still_open.to(tl.int64) << t.to(tl.int64), 0))
     tl.store(to + BLOCK + 1, step + 1)
     tl.store(to + BLOCK + 2, edits)
     tl.store(to + BLOCK + 3, done.to(tl.int64))
-    if TRACE:
-        trace = to + BLOCK + 4 + t
-        tl.store(trace, written.to(tl.int64), inside)
-        tl.store(trace + BLOCK, t.to(tl.int64), inside)
-        tl.store(trace + 2 * BLOCK, chance.to(tl.float64).to(tl.int64, bitcast=True), inside)
+    trace = to + BLOCK + 4 + t
+    tl.store(trace, written.to(tl.int64), inside)
+    tl.store(trace + BLOCK, t.to(tl.int64), inside)
+    tl.store(trace + 2 * BLOCK, chance.to(tl.float64).to(tl.int64, bitcast=True), inside)
+    tl.store(open_out + r * BLOCK + t, still_open.to(tl.uint8), inside)
+    tl.store(done_out + r, done.to(tl.uint8))
+    tl.store(written_out + r * BLOCK + t, written.to(tl.uint8), inside)
+    tl.store(prob_out + r * BLOCK + t, chance, inside)

@@ -47,10 +47,16 @@ if INTERPRETED:
         return record(sets[0], sets[1] if params.edits else 0, numbers(params), state)
 
     def both(hidden: Tensor, ids: Tensor, table: Tensor, head: Head, T: int, count: int) -> tuple[Tensor, Tensor]:
-        """What the kernels say and what torch says."""
+        """What the kernels say and what torch says, packed; that they say it unpacked too is checked."""
         want = decide(hidden, ids, table, count, head=head, block_size=T, tokens=TOKENS)
-        got = decide_triton.outcome(hidden, ids, table, count, head, T, MASK, trace=True)
-        return got, pack(want, trace=True)
+        got = decide_triton.decide(hidden, ids, table, count, head, T, MASK)
+        for name in ("ids", "open", "done", "written", "origin"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+        assert torch.equal(got.state.step, want.state.step) and torch.equal(got.state.edits, want.state.edits)
+        assert got.state.memory is not None and got.state.memory.shape == (len(table), 0)
+        packed, again = pack(got, trace=True), pack(replace(got, packed=None), trace=True)
+        assert torch.equal(packed, again) and torch.equal(pack(got), pack(replace(got, packed=None)))
+        return packed, pack(want, trace=True)
 
     @pytest.mark.parametrize(("T", "rows"), [(1, 3), (6, 1), (6, 9), (32, 5), (64, 2)])
     @pytest.mark.parametrize("seed", range(2))
@@ -107,11 +113,13 @@ else:
             hidden, ids = torch.empty(4 * T, 16), torch.empty(4 * T, dtype=torch.int64)
             table, head = torch.empty(4, decide_triton.RECORD, dtype=torch.int64), Head(torch.empty(V, 16))
             seen.clear()
-            out = decide_triton.outcome(hidden, ids, table, 4 * T, head, T, MASK)
+            out = pack(decide_triton.decide(hidden, ids, table, 4 * T, head, T, MASK))
         assert out.shape == (4, T + len(fresh(T, TOKENS)) + 2)
-        assert seen == [
-            f"sglang_llada::{name}" for name in ("gather_wanted", "reduce_slices", "finish_records", "decide_rows")
-        ]
+        ours = ("gather_wanted", "reduce_slices", "finish_records", "decide_rows")
+        launches = [name for name in seen if not name.startswith("prim::") and name not in VIEWS]
+        assert launches == [f"sglang_llada::{name}" for name in ours]
+
+    VIEWS = {"aten::slice.Tensor", "aten::select.int"}
 
     KERNELS = {
         decide_triton.gather_kernel: (
@@ -120,9 +128,10 @@ else:
             {"HIDDEN": 2048},
         ),
         decide_triton.rows_kernel: (
-            {"ids": "*i64", "table": "*i64", "token": "*i64", "prob": "*fp32", "out": "*i64"},
-            ["stride", "out_stride"],
-            {"TRACE": True},
+            dict.fromkeys(("ids", "table", "token", "packed"), "*i64")
+            | {"prob": "*fp32", "prob_out": "*fp32", "open_out": "*u8", "done_out": "*u8", "written_out": "*u8"},
+            ["stride"],
+            {},
         ),
     }
 
