@@ -88,7 +88,8 @@ class StepOut:
 
     ids: int64 [R, T] and open: bool [R, T] after the step. state: for the next one. done: bool [R], no step follows.
     written: bool [R, T], where the step put a token. prob: fp32 [R, T], its probability there. origin: int64 [R, T],
-    where tokens stood that it did not put there.
+    where tokens stood that it did not put there. packed: all of this as decide.pack gives it with a trace, where one
+    kernel made both.
     """
 
     ids: Tensor
@@ -98,6 +99,7 @@ class StepOut:
     written: Tensor
     prob: Tensor
     origin: Tensor
+    packed: Tensor | None = None
 
 
 Step = Callable[[BlockRows, Scores, State, Params], StepOut]

@@ -78,6 +78,8 @@ def pack(out: StepOut, *, trace: bool = False) -> Tensor:
 
     With `trace` [R, 3 T] more: written, origin, and prob as the bits of a float64.
     """
+    if out.packed is not None:
+        return out.packed if trace else out.packed[:, : -3 * out.ids.shape[1]]
     assert out.state.memory is not None
     is_open = (out.open.long() << torch.arange(out.ids.shape[1], device=out.ids.device)).sum(-1)
     counts = [getattr(out.state, name)[:, None] for name in COUNTS]
@@ -112,7 +114,29 @@ def decide(
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
+
+    On a GPU a few kernels of ours do all of it, unless tokens are inserted or chosen elsewhere.
     """
+    if hidden.is_cuda and not tokens.indel and not any(group.chooses for group in groups):
+        from sglang_llada.decode import decide_triton
+
+        return decide_triton.decide(hidden, ids, table, count, head, block_size, tokens.mask, exchange)
+    return in_torch(hidden, ids, table, count, head, block_size, tokens, exchange, groups, codes)
+
+
+def in_torch(
+    hidden: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    count: int,
+    head: Head,
+    block_size: int,
+    tokens: Tokens,
+    exchange: Exchange | None = None,
+    groups: Sequence[Group] = (),
+    codes: Collection[int] = tuple(CODES.values()),
+) -> StepOut:
+    """decide(), for any device and rows of any kind."""
     block, state, params, algorithm = unpack(ids, table, block_size, tokens)
     # Where the checkpoint inserts and deletes several candidates are looked at, the mask among them.
     never, k = (-1, levenshtein.CANDIDATES) if tokens.indel else (tokens.mask, 1)

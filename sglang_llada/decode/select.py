@@ -90,7 +90,11 @@ def select(
         wanted: how many of the positions, from the first, matter, int64 []; what the others get means nothing. A device
             saves their work without the host knowing the number.
     """
-    part = reduce(hidden, head, mask_id, count, wanted)
+    if hidden.is_cuda:
+        from sglang_llada.decode import select_triton
+
+        return select_triton.select(hidden, head, mask_id, count, exchange, wanted)
+    part = reduce(hidden, head, mask_id, count)
     if exchange is not None:
         part = merge([Partial.unpack(packed) for packed in exchange(part.pack())])
     return finish(part)
@@ -101,12 +105,8 @@ def best(logits: Tensor, mask_id: int, count: int = 1) -> Best:
     return finish(reduce_logits(logits.float(), 0, mask_id, count))
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None = None) -> Partial:
+def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
     """A head reduced chunk by chunk."""
-    if hidden.is_cuda:
-        from sglang_llada.decode import select_triton
-
-        return select_triton.reduce(hidden, head, mask_id, count, wanted)
     part: Partial | None = None
     hidden = hidden.float()
     for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):

@@ -54,12 +54,22 @@ def check_sampling(request: Any) -> None:
                 raise ValueError(f"{name} is {value!r}: {error}") from None
 
 
-def refuse_tensors(update: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
-    """Around the host's update of weights from tensors: those that do not fit are named, where it would end."""
+def refuse_tensors(
+    update: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """Around the host's update of weights from tensors: those that do not fit are named, where it would end.
+
+    What the model derives of its weights follows those too that the host writes by itself (load_format "direct").
+    """
     try:
-        return update(*args, **kwargs)
+        done = update(updater, *args, **kwargs)
     except ConfigError as error:
         return False, str(error)
+    from sglang_llada.host.models.llada2 import LLaDA2MoeModelLM  # only processes that hold a model get here
+
+    if isinstance(model := updater.get_model(), LLaDA2MoeModelLM):
+        model.post_load_weights()
+    return done
 
 
 def keep_weights(

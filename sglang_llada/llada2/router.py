@@ -86,6 +86,36 @@ def route_blocks(
     return weigh(scores, first_largest(candidates, top_k), normalise)
 
 
+PARTS = 3  # numbers of bf16 that sum to one of fp32
+
+
+def split(weight: Tensor) -> Tensor:
+    """A router's weight fp32 [E, H] as PARTS parts in bf16 one above the other, [3 E, H].
+
+    Each holds what the ones before it left of 24 bits, so that they sum to the weight (if it is not below 2**-110).
+    Products of bf16 are exact in fp32: three of them on tensor cores, summed there in fp32, are what a router in fp32
+    asks for, at a fraction of what a product of fp32 costs.
+    """
+    parts, rest = [], weight.float()
+    for _ in range(PARTS):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return torch.cat(parts)
+
+
+def products(x: Tensor, parts: Tensor) -> Tensor:
+    """Router logits fp32 [N, 3 E] of x bf16 [N, H] by part; their sum over the parts is the logits."""
+    if x.is_cuda:
+        return torch.mm(x, parts.T, out_dtype=torch.float32)
+    return x.float() @ parts.float().T
+
+
+def summed(by_part: Tensor) -> Tensor:
+    """The logits fp32 [N, E], the small parts first."""
+    first, second, third = by_part.unflatten(-1, (PARTS, -1)).unbind(1)
+    return first + (second + third)
+
+
 def weigh(scores: Tensor, ids: Tensor, normalise: bool) -> Routing:
     """The unbiased scores of the chosen experts as their weights."""
     weights = scores.gather(-1, ids)

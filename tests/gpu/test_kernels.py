@@ -1,4 +1,4 @@
-"""Our kernels on the device against torch on the CPU. Not run yet: only the interpreter and the compiler saw them."""
+"""Our kernels on the device against torch on the CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sglang_llada.config import RUN, DecodeConfig
+from sglang_llada.decode.contract import Tokens
+from sglang_llada.decode.decide import decide, in_torch, numbers, pack, record
 from sglang_llada.decode.select import Head, select
 from sglang_llada.llada2 import attention_triton
-from sglang_llada.llada2.router import route_blocks
+from sglang_llada.llada2.router import products, route, route_blocks, split, summed
 from tests.paged import Paged
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +39,7 @@ def test_selection(positions: int, vocabulary: int, width: int, dtype: torch.dty
 
 @pytest.mark.parametrize("wanted", [0, 1, 64, 65, 300])
 def test_positions_that_nobody_wants_are_left_alone(wanted: int) -> None:
-    hidden, head = torch.randn(300, 256, device="cuda"), Head(torch.randn(5000, 256, device="cuda"))
+    hidden, head = torch.randn(300, 256).bfloat16().cuda(), Head(torch.randn(5000, 256).bfloat16().cuda())
     whole = select(hidden, head, MASK)
     some = select(hidden, head, MASK, wanted=torch.tensor(wanted, device="cuda"))
     assert torch.equal(some.token[:wanted], whole.token[:wanted])
@@ -101,3 +104,75 @@ def attended(paged: Paged, splits: int | None, launcher: attention_triton.Device
     pool = (paged.keys, paged.values, paged.table, paged.requests, paged.ends)
     on = launcher or launcher_for(paged)
     return attention_triton.attend(paged.q, *pool, on=on, block=paged.block, scale=paged.scale, splits=splits)
+@pytest.mark.parametrize("rows", [1, 7, 128, 300])
+def test_decisions(rows: int) -> None:
+    """All algorithms and any sets, with many equal probabilities, in a graph too."""
+    T, random = 32, torch.Generator().manual_seed(rows)
+    hidden = (torch.randint(-4, 5, (rows * T, 64), generator=random) / 4).bfloat16()
+    head = (torch.randint(-4, 5, (1000, 64), generator=random) / 4).bfloat16()
+    sets = torch.randint(0, 1 << T, (2, rows), generator=random).tolist()
+    names, table = ("threshold", "joint_threshold", RUN), []
+    for r, (is_open, editable) in enumerate(zip(*sets, strict=True)):
+        name = names[r % 3]
+        params = DecodeConfig.defaults(T).from_left_to_right if name == RUN else DecodeConfig.defaults(T, name)
+        table.append(record(is_open, editable * params.edits, numbers(params), [r % T, r % 5]))
+    ids = torch.randint(0, 1000, (rows * T,), generator=random)
+    arguments = hidden, ids, torch.tensor(table), rows * T
+    want = pack(in_torch(*arguments, Head(head), T, Tokens(MASK)), trace=True)[:, : -2 * T]
+    on_device = [each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments]
+
+    def decided() -> torch.Tensor:
+        return pack(decide(*on_device, head=Head(head.cuda()), block_size=T, tokens=Tokens(MASK)), trace=True)
+
+    assert torch.equal(decided()[:, : -2 * T].cpu(), want)
+    weight = Head(head.cuda())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = pack(decide(*on_device, head=weight, block_size=T, tokens=Tokens(MASK)), trace=True)
+    graph.replay()
+    assert torch.equal(out[:, : -2 * T].cpu(), want)
+    on_device[2].copy_(on_device[2].roll(1, 0))  # other rows are open: the same graph finds them
+    graph.replay()
+    assert torch.equal(out.cpu()[:, : -2 * T], decided().cpu()[:, : -2 * T])
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 1024])
+def test_routing_by_parts(tokens: int) -> None:
+    from sglang_llada.llada2.router_triton import route as in_one_kernel
+
+    random = torch.Generator().manual_seed(tokens)
+    x, weight = torch.randn(tokens, 2048, generator=random).bfloat16(), torch.randn(256, 2048, generator=random) / 11
+    bias = torch.randn(256, generator=random) * 0.1
+    by_part = products(x.cuda(), split(weight.cuda()))
+    torch.testing.assert_close(summed(by_part).cpu(), x.float() @ weight.T, rtol=1e-5, atol=1e-4)
+    want = route(summed(by_part).cpu(), bias, num_groups=8, top_groups=4, top_k=8, normalise=True)
+    weights, ids = in_one_kernel(by_part, bias.cuda(), 8, 4, 8, True, 1.0, 0.4)
+    same = (ids[:, :8].cpu().long() == want.ids).all(-1)
+    assert same.float().mean() > 0.99  # where two scores are equal but for the last bit of exp()
+    torch.testing.assert_close(weights[:, :8].cpu()[same], want.weights[same], rtol=1e-5, atol=0)
+    assert (ids[:, 8] == 256).all()
+
+
+def test_heads_are_normed_turned_and_written() -> None:
+    from sglang_llada.llada2.rotary_triton import rotate_and_store
+
+    random = torch.Generator().manual_seed(0)
+    heads, kv_heads, width, turned, tokens = 16, 4, 128, 64, 70
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, generator=random).bfloat16()
+    norms = torch.rand(2, width, generator=random).bfloat16()
+    angles = torch.rand(100, turned // 2, generator=random)
+    cos_sin, positions = torch.cat((angles.cos(), angles.sin()), -1), torch.randint(0, 100, (tokens,), generator=random)
+    places = torch.randperm(200, generator=random)[:tokens]
+    pools = torch.zeros(2, 200, kv_heads, width, dtype=torch.bfloat16, device="cuda")
+    q, k = rotate_and_store(
+        *(each.cuda() for each in (qkv, positions, norms[0], norms[1], cos_sin)), 1e-6, *pools, places.cuda()
+    )
+    parts = qkv.float().view(tokens, -1, width).split([heads, kv_heads, kv_heads], dim=1)
+    for got, x, norm in ((q, parts[0], norms[0]), (k, parts[1], norms[1])):
+        y = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.float()).bfloat16().float()
+        a, b, rest = y.split([turned // 2, turned // 2, width - turned], dim=-1)
+        cos, sin = angles[positions].cos()[:, None], angles[positions].sin()[:, None]
+        want = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+        torch.testing.assert_close(got.cpu().view_as(want).float(), want, rtol=1e-2, atol=1e-2)
+    assert torch.equal(pools[0, places.cuda()].flatten(1), k)
+    assert torch.equal(pools[1, places.cuda()].cpu(), qkv.view(tokens, -1, width)[:, heads + kv_heads :])

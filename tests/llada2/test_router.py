@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_llada.llada2.router import route, route_blocks
+from sglang_llada.llada2.router import PARTS, products, route, route_blocks, split, summed
 
 
 def naive(logits: Tensor, bias: Tensor, groups: int, top_groups: int, k: int) -> tuple[list[list[int]], Tensor]:
@@ -98,3 +98,13 @@ def test_blocks_do_not_see_each_other() -> None:
     whole = route_blocks(logits, bias, **options)
     alone = route_blocks(logits[8:16], bias, **options)
     assert torch.equal(whole.ids[8:16], alone.ids) and torch.equal(whole.weights[8:16], alone.weights)
+
+
+def test_three_parts_of_bf16_are_the_weight() -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=random) * torch.logspace(-6, 3, 64)[:, None]
+    parts = split(weight)
+    assert parts.dtype == torch.bfloat16
+    assert torch.equal(parts.float().unflatten(0, (PARTS, -1)).sum(0), weight)
+    x = torch.randn(5, 128, generator=random).bfloat16()
+    torch.testing.assert_close(summed(products(x, parts)), x.float() @ weight.T, rtol=1e-5, atol=1e-5)

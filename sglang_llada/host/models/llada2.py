@@ -24,21 +24,30 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.topk import (
+    TopK,
+    TopKOutputFormat,
+    build_precomputed_topk_output,
+    precomputed_topk_postprocess_is_noop,
+)
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.utils import apply_qk_norm
+from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
 from sglang_llada.decode.select import Exchange, Head
+from sglang_llada.host.experts import JOINED
 from sglang_llada.llada2.config import Llada2Config
-from sglang_llada.llada2.router import router_of
+from sglang_llada.llada2.router import products, router_of, split, summed
 from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
 
 
@@ -96,11 +105,46 @@ class Attention(nn.Module):
         qkv, _ = self.query_key_value(x)
         kv_size = self.kv_heads * self.head_dim
         q, k, v = qkv.split([self.heads * self.head_dim, kv_size, kv_size], dim=-1)
-        q, k = apply_qk_norm(q=q, k=k, q_norm=self.query_layernorm, k_norm=self.key_layernorm, head_dim=self.head_dim)
-        q, k = self.rotary_emb(positions, q, k)
-        self.write(k, v, forward_batch)
+        pool = get_token_to_kv_pool()
+        if self.in_one_kernel(qkv, pool):
+            q, k = self.turn_and_write(positions, qkv, pool, forward_batch)
+        else:
+            norms = {"q_norm": self.query_layernorm, "k_norm": self.key_layernorm}
+            q, k = apply_qk_norm(q=q, k=k, **norms, head_dim=self.head_dim)
+            q, k = self.rotary_emb(positions, q, k)
+            self.write(k, v, forward_batch)
         out, _ = self.dense(self.attn(q, k, v, forward_batch, save_kv_cache=False))
         return out
+
+    def in_one_kernel(self, qkv: Tensor, pool: Any) -> bool:
+        """Whether norms, rotation and the write of KV are one kernel: the pool must hold KV as it is, by token."""
+        return (
+            qkv.is_cuda
+            and has_kernels()
+            and type(pool) is MHATokenToKVPool
+            and pool.store_dtype == qkv.dtype
+            and pool.get_key_buffer(self.attn.layer_id).dim() == 3
+            and self.attn.k_scale is None
+            and type(self.rotary_emb) is RotaryEmbedding
+            and self.query_layernorm.variance_epsilon == self.key_layernorm.variance_epsilon
+        )
+
+    def turn_and_write(self, positions: Tensor, qkv: Tensor, pool: Any, forward_batch: Any) -> tuple[Tensor, Tensor]:
+        """Queries and keys ready for attention; KV is written."""
+        from sglang_llada.llada2.rotary_triton import rotate_and_store
+
+        q, k = rotate_and_store(
+            qkv,
+            positions,
+            self.query_layernorm.weight,
+            self.key_layernorm.weight,
+            self.rotary_emb.cos_sin_cache,
+            self.query_layernorm.variance_epsilon,
+            pool.get_key_buffer(self.attn.layer_id),
+            pool.get_value_buffer(self.attn.layer_id),
+            KVWriteLoc.for_layer(forward_batch, self.attn).loc,
+        )
+        return q, k
 
     def write(self, k: Tensor, v: Tensor, forward_batch: Any) -> None:
         """Write the KV of all rows before any row reads.
@@ -161,9 +205,25 @@ class Router(nn.Module):
         else:
             self.register_buffer("expert_bias", bias, persistent=False)
 
+        self.parts: Tensor | None = None
+
+    def derive(self) -> None:
+        """Split the weight as it is now, where products of bf16 are faster; in place, because graphs read the parts."""
+        if not self.weight.is_cuda:
+            return
+        parts = split(self.weight)
+        self.parts = parts if self.parts is None else self.parts.copy_(parts)
+
+    def by_part(self, x: Tensor) -> Tensor | None:
+        """Logits by part (router.products) of x [N, H]; None where there is no gain."""
+        if self.parts is None or x.dtype != torch.bfloat16:
+            return None
+        return products(x, self.parts)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits fp32 [N, E] of x [N, H]."""
-        return F.linear(x.float(), self.weight)
+        by_part = self.by_part(x)
+        return F.linear(x.float(), self.weight) if by_part is None else summed(by_part)
 
 
 class MoE(nn.Module):
@@ -187,9 +247,14 @@ class MoE(nn.Module):
             routed_scaling_factor=c.routed_scaling_factor,
             **(grouped if c.expert_capacity is None else {"custom_routing_function": self.by_block}),
         )
+        # A shared expert is one more expert that every token visits, where that is possible.
+        self.joined = int(joins_shared_expert(c, quant_config))
+        if self.joined:
+            JOINED.add(c.num_experts + 1)
         self.experts = get_moe_impl_class(quant_config)(
-            num_experts=c.num_experts + get_exec().moe.ep_num_redundant_experts,
-            top_k=c.num_experts_per_tok,
+            num_experts=c.num_experts + self.joined + get_exec().moe.ep_num_redundant_experts,
+            num_fused_shared_experts=self.joined,
+            top_k=c.num_experts_per_tok + self.joined,
             layer_id=layer_id,
             hidden_size=c.hidden_size,
             intermediate_size=c.moe_intermediate_size,
@@ -204,9 +269,16 @@ class MoE(nn.Module):
         self.topk.bind_runner_backend(self.experts.runner_backend, routing_method_type=self.experts.routing_method_type)
         self.shared_experts = (
             MLP(c.hidden_size, c.shared_intermediate_size, quant_config, add_prefix("shared_experts", prefix))
-            if c.num_shared_experts
+            if c.num_shared_experts and not self.joined
             else None
         )
+        # The weights of routed experts and of a shared one among them, as whoever sums them up expects.
+        scaled = self.experts.should_fuse_routed_scaling_factor_in_topk
+        self.scale = c.routed_scaling_factor if scaled else 1.0
+        self.shared_weight = self.joined * self.scale / c.routed_scaling_factor
+        self.groups: tuple[int, int, int, bool] | None = None  # where routing is one kernel of ours
+        if routes_in_one(c) and self.topk.topk_config.output_format is TopKOutputFormat.STANDARD:
+            self.groups = c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob
 
     def by_block(
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
@@ -218,8 +290,56 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H]."""
         shared = None if self.shared_experts is None else self.shared_experts(x)
-        routed = self.experts(x, self.topk(x, self.gate(x)))
+        routed = self.experts(x, self.choose(x))
         return routed if shared is None else routed + shared
+
+    def choose(self, x: Tensor) -> Any:
+        """The experts of x [N, H] and their weights, as the expert layer takes them."""
+        config = self.topk.topk_config
+        if self.groups is not None and precomputed_topk_postprocess_is_noop(config, *self.topk.routing_inputs()):
+            by_part = self.gate.by_part(x)
+            if by_part is not None:
+                bias = self.gate.expert_bias
+                from sglang_llada.llada2.router_triton import route
+
+                weights, ids = route(by_part, bias, *self.groups, self.scale, self.shared_weight)
+                return build_precomputed_topk_output(weights, ids, config, self.topk.layer_id)
+        chosen = self.topk(x, self.gate(x))
+        if not self.joined:
+            return chosen
+        weights, ids = chosen.topk_weights, chosen.topk_ids
+        weights = torch.cat((weights, weights.new_full((len(ids), 1), self.shared_weight)), dim=-1)
+        ids = torch.cat((ids, ids.new_full((len(ids), 1), len(self.gate.expert_bias))), dim=-1)
+        return chosen._replace(topk_weights=weights, topk_ids=ids)
+
+
+def joins_shared_expert(c: Llada2Config, quant_config: Any) -> bool:
+    """Whether the shared expert can stand with the routed ones: they are alike, and one kernel of this GPU runs all."""
+    return (
+        has_kernels()
+        and quant_config is None
+        and c.num_shared_experts == 1
+        and c.shared_intermediate_size == c.moe_intermediate_size
+        and get_parallel().moe_ep_size == 1
+        and get_exec().moe.ep_num_redundant_experts == 0
+        # Who counts or returns the experts that tokens visit means routed ones.
+        and get_exec().moe.expert_distribution_recorder_mode is None
+        and not get_exec().features.enable_return_routed_experts
+        and get_moe_a2a_backend().is_none()
+        and (get_moe_runner_backend().is_auto() or get_moe_runner_backend().is_triton())
+        and torch.cuda.get_device_capability()[0] < 10  # newer devices have expert kernels of their own
+    )
+
+
+def routes_in_one(c: Llada2Config) -> bool:
+    """Whether routing is one kernel of ours."""
+    sizes = (c.num_experts, c.n_group)
+    return has_kernels() and c.expert_capacity is None and all(size & (size - 1) == 0 for size in sizes)
+
+
+def has_kernels() -> bool:
+    """Whether the model runs on a GPU that Triton compiles for."""
+    return current_platform.is_cuda()
 
 
 class Layer(nn.Module):
@@ -305,6 +425,7 @@ class LLaDA2MoeModelLM(nn.Module):
                 prefix=add_prefix("lm_head", prefix),
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
+        self.joined = any(isinstance(module, MoE) and module.joined for module in self.modules())
         self.loaded = False
 
     @torch.no_grad()
@@ -345,9 +466,18 @@ class LLaDA2MoeModelLM(nn.Module):
                 self._load(name, tensor, params)
         ledger.close(complete=not self.loaded)
         self.loaded = True
+        self.post_load_weights()
+
+    def post_load_weights(self) -> None:
+        """Derive what is made of weights; also called by the host where weights come by another way."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.derive()
 
     def _load(self, name: str, tensor: Tensor, params: dict[str, Any]) -> None:
         """Put one tensor where the host's layers keep it: fused, stacked by expert, or as it is."""
+        if self.joined:
+            name = name.replace(".mlp.shared_experts.", f".mlp.experts.{self.config.num_experts}.")
         if ".mlp.experts." in name:
             for param_name, weight_name, expert_id, shard_id in self._expert_mapping():
                 if weight_name in name:
@@ -369,7 +499,7 @@ class LLaDA2MoeModelLM(nn.Module):
             ckpt_gate_proj_name="gate_proj",
             ckpt_down_proj_name="down_proj",
             ckpt_up_proj_name="up_proj",
-            num_experts=self.config.num_experts,
+            num_experts=self.config.num_experts + self.joined,
         )
 
     @property
