@@ -140,8 +140,8 @@ def kernel(
             upper = tl.where(below > 0, tl.sum(tl.where(eighth == below - 1, count, 0), 0), upper)
             high = tl.sum(tl.where(here, bound, 0), 0)
             low += below * step
-            # A single token in [low, high] stays, whatever it weighs. Of equal ones as many do as fit into the share; of
-            # those without weight, which are never drawn, any number.
+            # A single token in [low, high] stays, whatever it weighs. Of equal ones as many do as fit into the share;
+            # of those without weight, which are never drawn, any number.
             alone = upper - number <= 1
             room = (share - heavier) / tl.where(high > 0, high, 1).to(tl.float32, bitcast=True).to(tl.float64)
             fitting = tl.minimum(room, vocabulary).to(tl.int32) + 1

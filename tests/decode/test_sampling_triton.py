@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_llada.decode.sampling import Draws, draw_sorted, uniform
-from tests.decode.distribution import MASK, WAYS, V, fit, sampling, share
+from sglang_llada.decode.sampling import Draws, draw_sorted
+from tests.decode.distribution import MASK, WAYS, V, sampling, share
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 
 MANY = 300  # ids; no multiple of a tile
-SAMPLES = 150
+SAMPLES = 20
 LOW, HIGH = 0.0, 1 - 2.0**-53  # the least noise and the most
 
 
@@ -41,7 +41,7 @@ if INTERPRETED:
 
     @pytest.fixture(autouse=True)
     def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sampling_triton, "LANES", 64)
+        monkeypatch.setattr(sampling_triton, "LANES", 256)
         monkeypatch.setattr(sampling_triton, "TILE", 128)
 
     def agree(logits: Tensor, how: Draws) -> list[int]:
@@ -73,7 +73,7 @@ if INTERPRETED:
         assert set(agree(logits, draws(spread(8), top_k=6))) <= kept
         some = draws(spread(8), top_p=11.5 / 15)
         assert {20, 150, 151, 127} <= set(agree(logits, some)) <= kept
-        assert set(agree(logits, draws(spread(8), top_k=5, top_p=0.8))) <= kept - {127}
+        assert set(agree(logits[:3], draws(spread(3), top_k=5, top_p=0.8))) <= kept - {127}
 
     def test_all_are_equal() -> None:
         for how in (draws(spread(3)), draws(spread(3), top_k=9), draws(spread(3), top_p=0.03, min_p=1.0)):
@@ -138,15 +138,14 @@ if INTERPRETED:
         assert token.shape == prob.shape == (0,)
 
     def test_draws_follow_the_distribution() -> None:
-        """One way that cuts by everything; the others are torch's, token for token, as above."""
+        """Of noise that is spread evenly each token gets its share"""
         torch.manual_seed(1)
         logits, way = torch.randn(V) * 2, sampling(**WAYS["all"])
-        seeds = torch.arange(SAMPLES)
-        how = draws(uniform(seeds, seeds * 0 + 3, seeds * 0), way.temperature, way.top_k, way.top_p, way.min_p)
+        how = draws(spread(SAMPLES), way.temperature, way.top_k, way.top_p, way.min_p)
         token, prob = sampling_triton.draw(logits.repeat(SAMPLES, 1), MASK, how)
         want = share(logits, way)
         torch.testing.assert_close(prob, want[token], rtol=1e-5, atol=0)
-        assert fit(token, want) > 0.001
+        assert ((token.bincount(minlength=V) - want * SAMPLES).abs() <= 1).all()
 
 else:
 
