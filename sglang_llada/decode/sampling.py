@@ -5,6 +5,8 @@ host's sampler cuts it and scaled to 1 again. The draw takes the token at which 
 passes a number in [0, 1). That number is a hash of the request's seed, the position and the number of its decode step,
 so it depends on nothing else: not on the batch, its order, the number of ranks or what ran before. The probability of
 the drawn token in this distribution is the confidence by which an algorithm decides.
+
+Here is the definition, by sorting; on a CUDA device a kernel does the same without it (sampling_triton.py).
 """
 
 from __future__ import annotations
@@ -33,16 +35,29 @@ class Draws:
 
 
 def draw(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Sampled tokens, int64 [P], and their probabilities, fp32 [P], from logits fp32 [P, V], which are spoilt."""
+    """Sampled tokens, int64 [P], and their probabilities, fp32 [P], from logits fp32 [P, V], which are spoilt.
+
+    A position whose logits hold a NaN or plus infinity, or only minus infinity, has token -1 and probability 0.
+    """
+    if logits.is_cuda:
+        from sglang_llada.decode import sampling_triton
+
+        return sampling_triton.draw(logits, mask_id, draws)
+    return draw_sorted(logits, mask_id, draws)
+
+
+def draw_sorted(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    """As draw, in torch."""
+    sound = logits.amax(-1).isfinite()
     logits[:, mask_id] = float("-inf")
     chances = (logits / draws.temperature[:, None]).softmax(-1)
     uncut, cut = slice(draws.whole), slice(draws.whole, None)
     token, prob = sample(chances[uncut], draws.noise[uncut])
-    if draws.whole == len(chances):
-        return token, prob
-    left = cut_off(chances[cut], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
-    others = sample(left, draws.noise[cut])
-    return torch.cat((token, others[0])), torch.cat((prob, others[1]))
+    if draws.whole < len(chances):
+        left = cut_off(chances[cut], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
+        others = sample(left, draws.noise[cut])
+        token, prob = torch.cat((token, others[0])), torch.cat((prob, others[1]))
+    return token.where(sound, -1), prob.where(sound, 0.0)
 
 
 def cut_off(chances: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

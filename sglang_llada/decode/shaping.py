@@ -28,10 +28,8 @@ def counted(tokens: Tensor, own: Tensor, vocabulary: int) -> Tensor:
         tokens: all that were used, [n]; own: of each position its token, which is one of them, or -1, [p].
     """
     counts = torch.zeros(vocabulary, device=own.device).index_add(0, tokens, torch.ones_like(tokens, dtype=torch.float))
-    counts = counts.repeat(len(own), 1)
-    rows = (own >= 0).nonzero()[:, 0]
-    counts[rows, own[rows]] -= 1
-    return counts
+    has_own = (own >= 0).float()[:, None]
+    return counts.repeat(len(own), 1).scatter_add(-1, own.clamp(min=0)[:, None], -has_own)
 
 
 def add(logits: Tensor, tokens: Tensor, values: Tensor) -> Tensor:

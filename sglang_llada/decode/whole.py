@@ -18,8 +18,10 @@ from torch import Tensor
 from sglang_llada.config import Report, Sampling
 from sglang_llada.decode.sampling import Draws, draw
 from sglang_llada.decode.select import Best, Exchange, Head, best
+from sglang_llada.decode.transfer import to_device
 
 CHUNK = 256  # positions whose logits exist at once
+HALVES = (torch.bfloat16, torch.float16)
 
 Shape = Callable[[Tensor], Tensor]  # changes a request's logits, fp32 [p, V]
 
@@ -72,22 +74,28 @@ def choose(
         never: what is no candidate either, as for select.
         count: k; a drawn token goes before the best ones.
     """
-    where, tokens, probs = [], [], []
+    where: list[Tensor] = []
+    found: list[Best] = []
     for part in parts([group for group in groups if group.chooses]):
         at, logits = shaped_logits(hidden, part, head, exchange)
-        found = best(logits, never, count)
-        token, prob = found.token, found.prob
         draws = draws_of(part, hidden.device)
+        n = 0 if draws is None else len(draws.noise)
         if draws is not None:
-            n = len(draws.noise)
-            one, chance = draw(logits[:n], mask_id, draws)
-            one = one.where(token[:n, 0] >= 0, -1)  # logits that are not finite
-            token = torch.cat((torch.cat((one[:, None], token[:n, :-1]), dim=-1), token[n:]))
-            prob = torch.cat((torch.cat((chance[:, None], prob[:n, :-1]), dim=-1), prob[n:]))
+            found.append(drawn(logits[:n], mask_id, draws, never, count))
+        if n < len(logits):
+            found.append(best(logits[n:], never, count))
         where.append(at)
-        tokens.append(token)
-        probs.append(prob)
-    return torch.cat(where), Best(torch.cat(tokens), torch.cat(probs))
+    return torch.cat(where), Best(torch.cat([each.token for each in found]), torch.cat([each.prob for each in found]))
+
+
+def drawn(logits: Tensor, mask_id: int, draws: Draws, never: int, count: int) -> Best:
+    """A drawn token of each position before its count - 1 best ones."""
+    others = best(logits, never, count - 1) if count > 1 else None  # before the draw, which spoils the logits
+    token, prob = draw(logits, mask_id, draws)
+    one = Best(token[:, None], prob[:, None])
+    if others is None:
+        return one
+    return Best(torch.cat((one.token, others.token), dim=-1), torch.cat((one.prob, others.prob), dim=-1))
 
 
 def report(
@@ -122,7 +130,7 @@ def report(
                 mine = mine / group.sampling.temperature
             logprobs = mine.log_softmax(-1)
             chosen = logprobs.gather(-1, ids[here][:, None])
-            wanted = torch.tensor(group.report.ids, dtype=torch.int64, device=at.device)
+            wanted = to_device(torch.tensor(group.report.ids, dtype=torch.int64), at.device)
             asked = logprobs[:, wanted]
             logprobs[:, mask_id] = float("-inf")
             largest = logprobs.topk(group.report.top, dim=-1)
@@ -138,7 +146,7 @@ def shaped_logits(
 
     With `original`, not those of groups whose report is of the network's own.
     """
-    at = torch.tensor([i for group in part for i in group.at], device=hidden.device)
+    at = to_device(torch.tensor([i for group in part for i in group.at]), hidden.device)
     logits, first = whole_logits(hidden[at], head, exchange), 0
     for group in part:
         rows = slice(first, first + len(group.at))
@@ -150,8 +158,11 @@ def shaped_logits(
 
 
 def whole_logits(hidden: Tensor, head: Head, exchange: Exchange | None) -> Tensor:
-    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded."""
-    logits = F.linear(hidden.float(), head.weight.float())
+    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded; products are never rounded."""
+    if hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype in HALVES:
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)  # a head in fp32 would be a copy of all of it
+    else:
+        logits = F.linear(hidden.float(), head.weight.float())
     if exchange is None:
         return logits
     padded = F.pad(logits, (0, head.slots - logits.shape[-1]), value=float("nan"))
@@ -176,15 +187,15 @@ def draws_of(part: list[Group], device: torch.device) -> Draws | None:
     if not found:
         return None
     counts = torch.tensor([len(group.at) for group, *_ in found])
-    numbers = torch.tensor([(how.temperature, how.top_p, how.min_p) for _, how, _ in found])
-    numbers = numbers.repeat_interleave(counts, 0).to(device)
-    top_k = torch.tensor([how.top_k for _, how, _ in found]).repeat_interleave(counts)
     noise = torch.cat([noise for *_, noise in found if noise is not None])
+    hows = torch.tensor([(how.temperature, how.top_k, how.top_p, how.min_p) for _, how, _ in found], dtype=noise.dtype)
+    table = torch.cat((hows.repeat_interleave(counts, 0).T, noise[None]))  # one copy takes it all
+    temperature, top_k, top_p, min_p, noise = to_device(table, device)
     return Draws(
-        temperature=numbers[:, 0],
-        top_k=top_k.to(device),
-        top_p=numbers[:, 1],
-        min_p=numbers[:, 2],
-        noise=noise.to(device),
+        temperature=temperature.float(),
+        top_k=top_k.long(),
+        top_p=top_p.float(),
+        min_p=min_p.float(),
+        noise=noise,
         whole=sum(len(group.at) for group, *_ in found if group.whole),
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind, most_rows
 from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
+from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack
 from sglang_llada.decode.sampling import uniform
@@ -413,9 +414,8 @@ def outcome_width(block_size: int, idle: list[int]) -> int:
 
 
 def to_device(numbers: Numbers, device: Any) -> Tensor:
-    """The numbers on the device. A copy from pageable memory would first wait for all that is enqueued there."""
-    host = torch.from_numpy(numbers)
-    return host if torch.device(device).type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    """The numbers on the device, without waiting for it."""
+    return transfer.to_device(torch.from_numpy(numbers), device)
 
 
 def to_host(tensor: Tensor) -> Coming:

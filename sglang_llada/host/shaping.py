@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang_llada.blocks import Request
 from sglang_llada.decode import shaping
+from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Shape
 from sglang_llada.host.admission import processor_of
 from sglang_llada.host.grammar import Matcher
@@ -53,13 +54,13 @@ class Shaping:
                 logits = shaping.penalise(logits, counts, *self.penalties)
             early = [i - len(request.prompt) < self.min_new_tokens for i in positions]
             if any(early) and self.ends:
-                rows = torch.tensor(early, device=device)
-                logits = shaping.ban(logits, rows, torch.tensor(self.ends, device=device))
+                rows, ends = (to_device(torch.tensor(each), device) for each in (early, self.ends))
+                logits = shaping.ban(logits, rows, ends)
             if self.matcher is not None:
                 logits = self._conforming(logits)
             if self.bias:
-                values = torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=device)
-                logits = shaping.add(logits, torch.tensor(list(self.bias), device=device), values)
+                values = to_device(torch.tensor(list(self.bias.values()), dtype=logits.dtype), device)
+                logits = shaping.add(logits, to_device(torch.tensor(list(self.bias)), device), values)
             return logits if self.processor is None else self._processed(logits)
 
         return shape
@@ -94,9 +95,9 @@ class Shaping:
             if not block.open >> i & 1
         ]
         standing = dict(live)
-        used = torch.tensor([*request.output, *standing.values()], dtype=torch.int64, device=logits.device)
-        own = torch.tensor([standing.get(i, -1) for i in positions], device=logits.device)
-        return shaping.counted(used, own, logits.shape[-1])
+        used = torch.tensor([*request.output, *standing.values()], dtype=torch.int64)
+        own = torch.tensor([standing.get(i, -1) for i in positions])
+        return shaping.counted(to_device(used, logits.device), to_device(own, logits.device), logits.shape[-1])
 
 
 def shaping_of(req: Any, ends: frozenset[int], vocabulary: int, never: frozenset[int]) -> Shaping | None:

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sglang_llada.config import RUN, DecodeConfig
+from sglang_llada.config import RUN, DecodeConfig, Report, Sampling
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import decide, in_torch, numbers, pack, record
+from sglang_llada.decode.sampling import Draws, draw, draw_sorted, uniform
 from sglang_llada.decode.select import Head, select
+from sglang_llada.decode.whole import Group, choose, report, whole_logits
 from sglang_llada.llada2 import attention_triton
 from sglang_llada.llada2.router import products, route, route_blocks, split, summed
+from tests.decode import distribution
 from tests.paged import Paged
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +107,8 @@ def attended(paged: Paged, splits: int | None, launcher: attention_triton.Device
     pool = (paged.keys, paged.values, paged.table, paged.requests, paged.ends)
     on = launcher or launcher_for(paged)
     return attention_triton.attend(paged.q, *pool, on=on, block=paged.block, scale=paged.scale, splits=splits)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 128, 300])
 def test_decisions(rows: int) -> None:
     """All algorithms and any sets, with many equal probabilities, in a graph too."""
@@ -176,3 +181,81 @@ def test_heads_are_normed_turned_and_written() -> None:
         torch.testing.assert_close(got.cpu().view_as(want).float(), want, rtol=1e-2, atol=1e-2)
     assert torch.equal(pools[0, places.cuda()].flatten(1), k)
     assert torch.equal(pools[1, places.cuda()].cpu(), qkv.view(tokens, -1, width)[:, heads + kv_heads :])
+
+
+def of_one_kind(noise: torch.Tensor, **values: float) -> Draws:
+    """The same draw for each noise, by the way of those that are cut; on the device."""
+    how = distribution.sampling(**{"top_k": 1 << 30, **values})
+    like = torch.ones(len(noise), device="cuda")
+    return Draws(like * how.temperature, like.long() * how.top_k, like * how.top_p, like * how.min_p, noise.cuda(), 0)
+
+
+@pytest.mark.parametrize("name", distribution.WAYS)
+def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
+    torch.manual_seed(1)
+    logits, way = torch.randn(distribution.V) * 2, distribution.WAYS[name]
+    seeds = torch.arange(distribution.SAMPLES)
+    draws = of_one_kind(uniform(seeds, seeds * 0 + 3, seeds * 0), **way)
+    token, prob = draw(logits.repeat(len(seeds), 1).cuda(), distribution.MASK, draws)
+    want = distribution.share(logits, distribution.sampling(**way))
+    torch.testing.assert_close(prob.cpu(), want[token.cpu()], rtol=1e-4, atol=0)
+    assert distribution.fit(token.cpu(), want) > 0.001
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 1000, "top_p": 0.9}])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_draws_from_a_real_vocabulary(cut: dict[str, float], scale: float) -> None:
+    """Against the definition in fp64: noise falls too near to a token's edge to tell now and then."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 157_184, device="cuda") * scale
+    logits[:4] = logits[:4].round()  # ties at every boundary
+    draws = of_one_kind(torch.rand(64, dtype=torch.float64), **cut)
+    token, prob = draw(logits.clone(), MASK, draws)
+    want = draw_sorted(logits.double(), MASK, draws)
+    same = token == want[0]
+    assert same.sum() >= 62
+    torch.testing.assert_close(prob[same], want[1][same], rtol=1e-4, atol=0)
+    for i in (0, 7, 63):
+        one = of_one_kind(draws.noise[i : i + 1], **cut)
+        alone = draw(logits[i : i + 1].clone(), MASK, one)
+        assert (alone[0][0], alone[1][0]) == (token[i], prob[i])
+
+
+def test_positions_that_are_not_finite_have_no_draw() -> None:
+    logits = torch.randn(5, 157_184, device="cuda")
+    logits[0, 5], logits[1, -1], logits[2] = float("nan"), float("inf"), float("-inf")
+    logits[3, 9:] = float("-inf")
+    token, prob = draw(logits, MASK, of_one_kind(torch.rand(5, dtype=torch.float64), top_p=0.9))
+    assert token[:3].tolist() == [-1] * 3 and prob[:3].tolist() == [0.0] * 3
+    assert 0 <= token[3] < 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", [1, 37, 256])
+def test_whole_logits_are_never_rounded_to_the_weights_type(positions: int, dtype: torch.dtype) -> None:
+    """Sums of sixteenths that need 15 bits."""
+    hidden = (torch.randint(-4, 5, (positions, 2048), device="cuda") / 4).to(dtype)
+    weight = (torch.randint(-4, 5, (5000, 2048), device="cuda") / 4).to(dtype)
+    logits = whole_logits(hidden, Head(weight), None)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, (hidden.double() @ weight.double().T).float())
+
+
+def test_choosing_and_reporting_do_not_wait_for_the_device() -> None:
+    hidden = torch.randn(64, 256, dtype=torch.bfloat16, device="cuda")
+    head = Head(torch.randn(5000, 256, dtype=torch.bfloat16, device="cuda"))
+    noise = torch.rand(32, dtype=torch.float64)
+    group = Group(list(range(32)), 5000, Sampling(1.0, 50, 0.9, 0.0, 7), noise, report=Report(top=3, ids=(4, 5)))
+    ids = torch.zeros(2, 32, dtype=torch.int64, device="cuda")
+    origin = torch.arange(32, device="cuda").repeat(2, 1)
+
+    def step() -> torch.Tensor:
+        choose(hidden, [group], head, 3, 3, 1, None)
+        return report(hidden, [group], ids, origin, head, 3, None)
+
+    step()  # kernels load
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
