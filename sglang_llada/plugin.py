@@ -62,7 +62,6 @@ def install(mode: Mode) -> None:
         hook_door()
         replace_scheduler()
         hook_graphs(replays)
-        hook_experts()
 
 
 def register_config(mode: Mode) -> None:
@@ -175,13 +174,6 @@ def replace_scheduler() -> None:
     from sglang_llada.host.scheduler import LladaScheduler
 
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, HookType.REPLACE)
-
-
-def hook_experts() -> None:
-    """Find the host's settings for routed experts that a shared one stands with."""
-    from sglang_llada.host import experts
-
-    experts.install()
 
 
 def hook_graphs(replays: bool) -> None:

@@ -1,26 +1,34 @@
 """The host's measured settings of its expert kernel, where a shared expert stands with the routed ones.
 
 The host looks them up by the number of experts. One more expert of the same shape changes nothing that the settings
-depend on, and a count for which nobody measured would get the host's guess.
+depend on, and a count for which nobody measured would get the host's guess. The lookup is replaced only in processes
+that build such a model: the module that has it costs others seconds to import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config as host
 
-TARGET = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config.get_config_file_name"
-
-JOINED: set[int] = set()  # numbers of experts with a shared one among them; written where a model is built
+JOINED: set[int] = set()  # numbers of experts with a shared one among them; written by joined()
 
 
+def joined(routed: int) -> None:
+    """From now on find the settings of so many routed experts for these and a shared one."""
+    JOINED.add(routed + 1)
+    install()
+
+
+@cache
 def install() -> None:
-    """Hook the host's function."""
-    HookRegistry.register(TARGET, of_routed_experts, HookType.AROUND)
+    """Replace the host's function."""
+    original = host.get_config_file_name
 
+    @wraps(original)
+    def of_routed_experts(E: int, *args: Any, **kwargs: Any) -> str:
+        name: str = original(E - (E in JOINED), *args, **kwargs)
+        return name
 
-def of_routed_experts(original: Callable[..., str], experts: int, *args: Any, **kwargs: Any) -> str:
-    """The name of the settings for the routed experts alone."""
-    return original(experts - (experts in JOINED), *args, **kwargs)
+    host.get_config_file_name = of_routed_experts

@@ -672,7 +672,7 @@ SEAMS: tuple[Seam, ...] = (
          "whether tokens travel to experts", OWN_MODEL),
     Seam("sglang.srt.layers.moe.utils:get_moe_runner_backend", Kind.USE, "()",
          "which kernels run the experts", OWN_MODEL),
-    Seam("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_config_file_name", Kind.HOOK,
+    Seam("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_config_file_name", Kind.REPLACE,
          "(E, N, dtype, block_shape, per_channel_quant, down_moe)",
          "knows no settings for one expert more", "the host has settings for a shared expert among routed ones"),
     Seam("sglang.srt.layers.moe.topk:TopK.bind_runner_backend",

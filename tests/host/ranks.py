@@ -29,13 +29,16 @@ class Job:
     folder: Path
     port: int
     flags: tuple[str, ...]
+    prepare: Callable[[], None] | None
 
 
 def run_rank(rank: int, job: Job) -> None:
-    """Load the checkpoint and save what the task makes of it."""
+    """Load the checkpoint, in a process that was prepared for it, and save what the task makes of it."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    if job.prepare is not None:
+        job.prepare()
     torch.save(job.task(make_runner(rank, job)), job.folder / f"rank{rank}.pt")
 
 
@@ -71,9 +74,11 @@ def make_runner(rank: int, job: Job) -> Any:
     return runner
 
 
-def run_ranks(task: Task, folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
-    """What `task` gives on each rank; a function of a module, because it is sent to other processes."""
-    job = Job(task, folder, free_port(), ("--tp-size", str(ranks), *flags))
+def run_ranks(
+    task: Task, folder: Path, ranks: int, *flags: str, prepare: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
+    """What `task` gives on each rank; functions of a module, because they are sent to other processes."""
+    job = Job(task, folder, free_port(), ("--tp-size", str(ranks), *flags), prepare)
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=run_rank, args=(rank, job), daemon=True) for rank in range(ranks)]
     for process in processes:

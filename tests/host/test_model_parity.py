@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.reference import Llada2ForDiffusion
@@ -71,6 +72,37 @@ def after_an_update(runner: Any) -> dict[str, Any]:
         "unknown": told(lambda: model.load_weights([("model.extra.weight", norm)])),
         "misshapen": told(lambda: model.load_weights([("model.norm.weight", norm[:3])])),
     }
+
+
+def short_logits(runner: Any) -> dict[str, Any]:
+    """Logits [L, V] of the shortest sequence, and which kernels of ours ran."""
+    text = sequences()[1]
+    with Seen() as seen:
+        parts = forward(runner, [text], [(0, block) for block in range(len(text) // T)])
+    return {"together": [torch.cat(parts)], "kernels": seen.names}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("sglang_llada::"):
+            self.names.append(func.name().removeprefix("sglang_llada::"))
+        return func(*args, **(kwargs or {}))
+
+
+def as_on_a_gpu() -> None:
+    """Run the model as on a GPU, with our kernels in Triton's interpreter, and the router's parts in fp32."""
+    from sglang_llada.host.models import llada2
+
+    llada2.has_kernels = lambda: True
+    llada2.joins_shared_expert = lambda c, quant_config: True
+    llada2.precomputed_topk_postprocess_is_noop = lambda *inputs: True  # but for being on a GPU
+    llada2.Router.by_part = lambda self, x: llada2.products(x, self.parts)
 
 
 def told(call: Callable[[], None]) -> str:
@@ -163,6 +195,19 @@ def test_logits_are_the_references(
         assert_close(got["norm doubled"], [2 * logits for logits in want], f"rank {rank}, norm doubled")
         assert "unknown tensor model.extra.weight" in got["unknown"]
         assert "model.norm.weight has shape [3], expected [64]" in got["misshapen"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_logits_are_the_references_on_a_gpus_way(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared expert among the routed ones, routing and what is done to heads by kernels of ours."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = make_checkpoint(tmp_path, **WIDTHS)
+    want = [model.block_causal(sequences()[1])]
+    layers, dense = model.config.num_hidden_layers, model.config.first_k_dense_replace
+    for rank, got in enumerate(run_ranks(short_logits, tmp_path, ranks, prepare=as_on_a_gpu)):
+        assert_close(got["together"], want, f"rank {rank}")
+        assert got["kernels"].count("rotate_and_store") == layers
+        assert got["kernels"].count("route") == layers - dense
 
 
 def test_tied_embeddings_and_the_other_spelling(tmp_path: Path) -> None:

@@ -117,7 +117,6 @@ def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytes
         "hook_model_class",
         "replace_scheduler",
         "hook_graphs",
-        "hook_experts",
     ):
         monkeypatch.setattr(plugin, name, lambda *_, name=name: hooked.append(name))
     plugin.install.cache_clear()

@@ -45,7 +45,6 @@ from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
 from sglang_llada.decode.select import Exchange, Head
-from sglang_llada.host.experts import JOINED
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.router import products, router_of, split, summed
 from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
@@ -119,8 +118,7 @@ class Attention(nn.Module):
     def in_one_kernel(self, qkv: Tensor, pool: Any) -> bool:
         """Whether norms, rotation and the write of KV are one kernel: the pool must hold KV as it is, by token."""
         return (
-            qkv.is_cuda
-            and has_kernels()
+            has_kernels()
             and type(pool) is MHATokenToKVPool
             and pool.store_dtype == qkv.dtype
             and pool.get_key_buffer(self.attn.layer_id).dim() == 3
@@ -209,7 +207,7 @@ class Router(nn.Module):
 
     def derive(self) -> None:
         """Split the weight as it is now, where products of bf16 are faster; in place, because graphs read the parts."""
-        if not self.weight.is_cuda:
+        if not has_kernels():
             return
         parts = split(self.weight)
         self.parts = parts if self.parts is None else self.parts.copy_(parts)
@@ -250,7 +248,9 @@ class MoE(nn.Module):
         # A shared expert is one more expert that every token visits, where that is possible.
         self.joined = int(joins_shared_expert(c, quant_config))
         if self.joined:
-            JOINED.add(c.num_experts + 1)
+            from sglang_llada.host.experts import joined  # its module of the host's is for GPUs
+
+            joined(c.num_experts)
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=c.num_experts + self.joined + get_exec().moe.ep_num_redundant_experts,
             num_fused_shared_experts=self.joined,
