@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sglang_llada.decode.select import Best
+
 
 @dataclass(frozen=True, slots=True)
 class BlockRows:
@@ -89,7 +91,7 @@ class StepOut:
     ids: int64 [R, T] and open: bool [R, T] after the step. state: for the next one. done: bool [R], no step follows.
     written: bool [R, T], where the step put a token. prob: fp32 [R, T], its probability there. origin: int64 [R, T],
     where tokens stood that it did not put there. packed: all of this as decide.pack gives it with a trace, where one
-    kernel made both.
+    kernel made both. best: of the open and editable positions, in order, the best token, where that was selected apart.
     """
 
     ids: Tensor
@@ -100,6 +102,7 @@ class StepOut:
     prob: Tensor
     origin: Tensor
     packed: Tensor | None = None
+    best: Best | None = None
 
 
 Step = Callable[[BlockRows, Scores, State, Params], StepOut]

@@ -21,7 +21,7 @@ from torch import Tensor
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.select import Exchange, Head, select
+from sglang_llada.decode.select import Best, Exchange, Head, select
 from sglang_llada.decode.whole import Group, choose
 
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
@@ -99,6 +99,7 @@ def decide(
     exchange: Exchange | None = None,
     groups: Sequence[Group] = (),
     codes: Collection[int] = tuple(CODES.values()),
+    best: Best | None = None,
 ) -> StepOut:
     """Decisions for all rows of a forward.
 
@@ -111,16 +112,17 @@ def decide(
         block_size, tokens: T, and the checkpoint's own tokens, which say what algorithms there are.
         groups: requests with more to them than their best tokens, sorted by whole.order().
         codes: of the rows' algorithms, and perhaps others. A graph does not know.
+        best: StepOut.best of a step over the same rows, which is then not selected again.
 
     Returns:
         The rows' decisions; all ids of a row are -1 if one of its logits that matter was not finite.
 
-    On a GPU a few kernels of ours do all of it, unless tokens are inserted or chosen elsewhere.
+    On a GPU a few kernels of ours do all of it, unless tokens are inserted.
     """
-    if hidden.is_cuda and not tokens.indel and not any(group.chooses for group in groups):
+    if hidden.is_cuda and not tokens.indel:
         from sglang_llada.decode import decide_triton
 
-        return decide_triton.decide(hidden, ids, table, count, head, block_size, tokens.mask, exchange)
+        return decide_triton.decide(hidden, ids, table, count, head, block_size, tokens.mask, exchange, groups, best)
     return in_torch(hidden, ids, table, count, head, block_size, tokens, exchange, groups, codes)
 
 

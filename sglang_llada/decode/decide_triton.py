@@ -8,15 +8,18 @@ with torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sglang_llada.decode.contract import State, StepOut
-from sglang_llada.decode.decide import CODES, COUNTS, STAYS
-from sglang_llada.decode.select import Exchange, Head
+from sglang_llada.decode.decide import CODES, COUNTS, EDITABLE_COLUMN, OPEN_COLUMN, STAYS
+from sglang_llada.decode.select import Best, Exchange, Head
 from sglang_llada.decode.select_triton import select
+from sglang_llada.decode.whole import Group, choose
 
 RECORD = 1 + len(COUNTS) + len(STAYS)  # columns, where no algorithm has a memory
 OUTCOME = 2 + len(COUNTS)  # what pack() gives beside tokens and trace
@@ -34,12 +37,20 @@ def decide(
     block_size: int,
     mask_id: int,
     exchange: Exchange | None = None,
+    groups: Sequence[Group] = (),
+    best: Best | None = None,
 ) -> StepOut:
-    """As decide.decide, for checkpoints that do not insert and rows that choose no tokens elsewhere."""
+    """As decide.decide, for checkpoints that do not insert."""
     T, ops = block_size, torch.ops.sglang_llada
-    gathered, number = ops.gather_wanted(hidden, table, T, min(count, len(hidden)))
-    best = select(gathered, head, mask_id, 1, exchange, number)
-    packed, is_open, done, written, prob = ops.decide_rows(ids, table, best.token, best.prob, T)
+    if best is None:
+        gathered, number = ops.gather_wanted(hidden, table, T, min(count, len(hidden)))
+        best = select(gathered, head, mask_id, 1, exchange, number)
+    taken = best
+    if choosing := [group for group in groups if group.chooses]:
+        at, found = choose(hidden, choosing, head, mask_id, mask_id, 1, exchange)
+        place = places_of_wanted(table, T)[at]
+        taken = Best(best.token.index_copy(0, place, found.token), best.prob.index_copy(0, place, found.prob))
+    packed, is_open, done, written, prob = ops.decide_rows(ids, table, taken.token, taken.prob, T)
     return StepOut(
         ids=packed[:, :T],
         open=is_open,
@@ -49,7 +60,15 @@ def decide(
         prob=prob,
         origin=packed[:, 2 * T + OUTCOME : 3 * T + OUTCOME],
         packed=packed,
+        best=best,
     )
+
+
+def places_of_wanted(table: Tensor, block_size: int) -> Tensor:
+    """Where each position that is open or editable stands among them, int64 [R * T]."""
+    sets = table[:, OPEN_COLUMN] | table[:, EDITABLE_COLUMN]
+    wanted = sets[:, None] >> torch.arange(block_size, device=table.device) & 1
+    return wanted.flatten().cumsum(0) - 1
 
 
 @torch.library.custom_op(

@@ -241,6 +241,8 @@ class Executor:
         elif deciding.any():
             rows = self._rows_of(batch)
             options: dict[str, Any] = {"groups": groups, "codes": algorithms(written)}
+            if output.can_run_graph:  # whose decisions stand but for the groups' positions
+                options["best"] = output.logits_output.decided.best
             count = changeable(written, T)
             decided = self.decide(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
             outcome = pack(decided, trace=trace)

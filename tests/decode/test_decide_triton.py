@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import decide, fresh, idle, numbers, pack, record, unpack
 from sglang_llada.decode.select import Head
+from sglang_llada.decode.whole import Group
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 
 MASK, V, WIDTH = 9, 40, 8
@@ -81,6 +83,28 @@ if INTERPRETED:
         hidden[T + 2] = float("nan")
         got, want = both(hidden, torch.full((3 * T,), MASK), table, Head(torch.rand(V, WIDTH)), T, 3 * T)
         assert torch.equal(got[:, : T + 1], want[:, : T + 1]) and (got[1, :T] == -1).all()
+
+    def test_positions_that_choose_for_themselves_are_put_among_what_was_selected() -> None:
+        """As requests with a bias do, beside others; selected anew, or taken from a step over the same rows."""
+        T, rng = 6, random.Random(3)
+        torch.manual_seed(3)
+        table = torch.tensor([a_record(rng, T) for _ in range(9)])
+        hidden, head = torch.randn(9 * T, WIDTH), Head(torch.randn(V, WIDTH))
+        ids = torch.full((9 * T,), MASK)
+        block, *_ = unpack(ids, table, T, TOKENS)
+        wanted = (block.open | block.editable).flatten().nonzero()[:, 0].tolist()
+        favoured = torch.arange(V) % 7 * 5.0
+        groups = [
+            Group(wanted[1:4], V, shape=lambda x: x + favoured),
+            Group(wanted[7:], V, shape=lambda x: x - favoured),
+        ]
+        options: dict[str, Any] = {"head": head, "block_size": T, "tokens": TOKENS}
+        want = pack(decide(hidden, ids, table, 9 * T, groups=groups, **options))
+        plain = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK)
+        assert not torch.equal(pack(plain), want)
+        for best in (None, plain.best):
+            got = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK, None, groups, best)
+            assert torch.equal(pack(got), want)
 
     def test_the_table_may_be_part_of_a_wider_one() -> None:
         T, rng = 6, random.Random(0)
