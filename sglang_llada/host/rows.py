@@ -61,7 +61,7 @@ def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, 
         carries: whether some row may have a source; a graph does not know.
     """
     T, width = block_size, last.shape[1] - 1  # of what goes on: T + 1 + S
-    slot, start, source = packed[:, SLOT:].unbind(-1)
+    slot, start, source = packed[:, SLOT:].T.contiguous()  # as kernels take them
     ids, table = packed[:, :T], packed[:, T:SLOT]
     if carries:
         from_last = last.index_select(0, source.clamp(min=0))[:, :width]

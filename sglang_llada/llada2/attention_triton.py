@@ -117,6 +117,7 @@ def attend(
         block: T. scale: of products of queries and keys. value_scale: of values.
         splits: of the keys; chosen for the device if None.
     """
+    requests, ends = requests.contiguous(), ends.contiguous()
     rows, kv_heads = requests.shape[0], keys.shape[1]
     heads, D = q.shape[1:]
     padded = q.shape[0] > rows * block
