@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_llada.decode.select import Head, Partial, fold
+from sglang_llada.decode.select import Head, Lowered, Partial, fold
 
 POSITIONS, IDS = 64, 128  # of a tile of logits
 WIDTH = {2: 32, 4: 16}  # hidden dimensions that are summed at once, by bytes per element; more would spill registers
@@ -20,7 +20,14 @@ INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be
 SLICES = 64  # of the vocabulary, so that few positions still occupy a device
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None = None) -> Partial:
+def reduce(
+    hidden: Tensor,
+    head: Head,
+    mask_id: int,
+    count: int,
+    wanted: Tensor | None = None,
+    lowered: Lowered | None = None,
+) -> Partial:
     """As select.reduce; hidden [P, H] and head.weight [v, H] of one dtype."""
     P, v = hidden.shape[0], head.weight.shape[0]
     slices = max(min(SLICES, triton.cdiv(v, IDS)), 1)
@@ -38,6 +45,8 @@ def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor 
             peak,
             total,
             hidden if wanted is None else wanted,
+            hidden if lowered is None else lowered.token.contiguous(),
+            hidden if lowered is None else lowered.by.contiguous(),
             P,
             v,
             hidden.shape[1],
@@ -45,6 +54,7 @@ def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor 
             mask_id,
             per_slice,
             BOUNDED=wanted is not None,
+            LOWERED=lowered is not None,
             COUNT=count,
             PADDED=padded,
             POSITIONS=POSITIONS,
@@ -69,6 +79,8 @@ def kernel(
     peak,
     total,
     wanted,
+    lowered,
+    lowered_by,
     positions,
     vocabulary,
     width,
@@ -76,6 +88,7 @@ def kernel(
     mask_id,
     per_slice,
     BOUNDED: tl.constexpr,
+    LOWERED: tl.constexpr,
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -86,7 +99,8 @@ def kernel(
     """Program (i, s): the best COUNT ids and the softmax terms of position block i over slice s of the vocabulary.
 
     hidden [positions, width], weight [vocabulary, width], both contiguous; logit, token [positions, slices, PADDED];
-    peak, total [slices, positions]. If BOUNDED, only blocks with a position below wanted [1] are worked on.
+    peak, total [slices, positions]. If BOUNDED, only blocks with a position below wanted [1] are worked on. If LOWERED,
+    the logit of id lowered [positions] is first made less by lowered_by [positions].
     """
     s = tl.program_id(1)
     if BOUNDED:  # noqa: SIM102 (else there is nothing to load)
@@ -94,6 +108,9 @@ def kernel(
             return
     p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     there = p < positions
+    if LOWERED:
+        less = tl.load(lowered + p, there, -1)
+        by = tl.load(lowered_by + p, there, 0.0)
     place = tl.arange(0, PADDED)
     # Free places hold ids below zero, each its own, so that there is always one worst place.
     best = tl.full((POSITIONS, PADDED), float("-inf"), tl.float32)
@@ -116,13 +133,15 @@ def kernel(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
         x = tl.where(known[None, :], x, float("-inf"))
+        names = (first + row)[None, :]
+        if LOWERED:
+            x = x - tl.where(names == less[:, None], by[:, None], 0.0)
 
         higher = tl.maximum(top, tl.max(x, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
         top = higher
 
-        names = (first + row)[None, :]
         x = tl.where(names == mask_id, float("-inf"), x)
         for _ in tl.static_range(COUNT):
             value = tl.max(x, 1)

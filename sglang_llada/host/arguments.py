@@ -27,7 +27,6 @@ from sglang_llada.config import (
     flag_of,
     flag_of_checkpoint,
     read_replay,
-    without_host_keys,
 )
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
@@ -171,8 +170,7 @@ def checkpoint_flag(args: Any) -> str:
 def decode_config(config: Any, facts: CheckpointFacts) -> DecodeConfig:
     """How the server decodes unless a request says otherwise, from the host's DllmConfig."""
     defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm), indel=facts.indel)
-    where = "--dllm-algorithm-config"
-    return defaults.replaced(without_host_keys(config.algorithm_config, facts.block_size, where), where)
+    return defaults.replaced(config.algorithm_config, "--dllm-algorithm-config")
 
 
 def is_ours(server_args: Any) -> bool:

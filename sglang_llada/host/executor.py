@@ -26,7 +26,7 @@ from torch import Tensor
 from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import STAYS, decide, idle, number, pack
+from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of
@@ -146,11 +146,12 @@ class Decider:
         shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
         return decide(hidden, ids, table, count, head=head, exchange=exchange, **shape, **options)
 
-    def report(self, hidden: Tensor, groups: list[Group], ids: Tensor, origin: Tensor) -> Tensor | None:
-        """As report(); None if nobody wants one."""
+    def report(self, hidden: Tensor, groups: list[Group], rows: Rows, ids: Tensor, origin: Tensor) -> Tensor | None:
+        """As report(), of the rows of a forward; None if nobody wants one."""
         if all(group.report is None for group in groups):
             return None
-        return report(hidden, groups, ids, origin, self.model.head, self.tokens.mask, self.model.exchange)
+        lowered = repeated(rows.ids, rows.table, self.block_size)
+        return report(hidden, groups, ids, origin, self.model.head, self.tokens.mask, self.model.exchange, lowered)
 
 
 class Executor:
@@ -208,7 +209,7 @@ class Executor:
         if groups:
             blocks, unmoved = rows.ids.view(-1, self.block_size), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
-            reports = self.decide.report(hidden, groups, *after)
+            reports = self.decide.report(hidden, groups, rows, *after)
         own = offsets(self.block_size) >= begins[:, None]
         return InFlight(plan, deciding, patient, own, outcome, output.can_run_graph, asking, reports)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode import select as selection
-from sglang_llada.decode.select import Best, Head
+from sglang_llada.decode.select import Best, Head, Lowered
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 
 MASK = 3
@@ -17,10 +17,10 @@ MASK = 3
 if INTERPRETED:
     from sglang_llada.decode import select_triton
 
-    def agree(hidden: Tensor, head: Head, count: int) -> Best:
+    def agree(hidden: Tensor, head: Head, count: int, lowered: Lowered | None = None) -> Best:
         """The kernel's answer, once it is known to be torch's."""
-        want = selection.finish(selection.reduce(hidden, head, MASK, count))
-        out = selection.finish(select_triton.reduce(hidden, head, MASK, count))
+        want = selection.finish(selection.reduce(hidden, head, MASK, count, lowered=lowered))
+        out = selection.finish(select_triton.reduce(hidden, head, MASK, count, lowered=lowered))
         sure = want.prob > 0  # of candidates that are not there any id will do
         assert torch.equal(out.token.where(sure, -1), want.token.where(sure, -1))
         torch.testing.assert_close(out.prob, want.prob, rtol=1e-6, atol=0)
@@ -52,6 +52,14 @@ if INTERPRETED:
     def test_fewer_candidates_than_asked_for() -> None:
         agree(exact(3, 16), Head(exact(2, 16), first=2), 3)
 
+    @pytest.mark.parametrize("first", [0, 1000])
+    def test_lowered_logits(first: int) -> None:
+        hidden, head = exact(130, 16), Head(exact(200, 16), first)
+        plain = agree(hidden, head, 2)
+        tokens = torch.randint(first - 1, first + 201, (130,)).where(torch.arange(130) % 3 > 0, plain.token[:, 0])
+        out = agree(hidden, head, 2, Lowered(tokens, torch.randint(0, 17, (130,)) / 4))
+        assert not torch.equal(out.token, plain.token)
+
     def test_what_is_not_finite_spoils_its_position_only() -> None:
         hidden = exact(4, 16)
         hidden[2, 5] = float("nan")
@@ -82,10 +90,11 @@ else:
         used = compiled(
             kernels.kernel,
             {"hidden": dtype, "weight": dtype, "logit": "fp32", "token": "i32", "peak": "fp32", "total": "fp32"}
-            | {"wanted": "i64"},
+            | {"wanted": "i64", "lowered": "i64", "lowered_by": "fp32"},
             ["positions", "vocabulary", "width", "first", "mask_id", "per_slice"],
             {
                 "BOUNDED": True,
+                "LOWERED": True,
                 "COUNT": 1,
                 "PADDED": 1,
                 "POSITIONS": kernels.POSITIONS,
