@@ -7,6 +7,7 @@ serve is refused in one message that lists every such option.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,10 +30,19 @@ from sglang_llada.config import (
     read_replay,
 )
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
+from sglang_llada.host.platform import (
+    ATTENTION_BACKEND,
+    ATTENTION_BACKENDS,
+    KV_TOKENS,
+    RUN_ON_CPU,
+    CpuPlatform,
+    native_bf16,
+)
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
+
+logger = logging.getLogger(__name__)
 
 STOCK_FLAG = "LowConfidence"
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
@@ -93,10 +103,25 @@ def fill_in_platform(server_args: Any) -> None:
         sleep_on_idle=not attention_dp(args),
         device=current_platform.device_type,
         disable_cuda_graph=True,
-        attention_backend=args.attention_backend or ATTENTION_BACKEND,
+        **cpu_attention(args),
         max_total_tokens=args.max_total_tokens or KV_TOKENS,
         dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
     )
+
+
+def cpu_attention(args: Any) -> dict[str, str]:
+    """The attention backends of the CPU platform: ours where the user names none, or one that needs a device.
+
+    Commands in documentation name such a one, and all give the same answers: as the host does elsewhere, it goes on.
+    """
+    chosen = {} if args.attention_backend else {"attention_backend": ATTENTION_BACKEND}
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        asked = getattr(args, field)
+        if asked in ATTENTION_BACKENDS and asked not in RUN_ON_CPU:
+            flag = field.replace("_", "-")
+            logger.warning("--%s %s needs an accelerator; here it is %s", flag, asked, ATTENTION_BACKEND)
+            chosen[field] = ATTENTION_BACKEND
+    return chosen
 
 
 def cpu_dtype(model_path: str, revision: str | None) -> str:
