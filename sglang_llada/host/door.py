@@ -1,4 +1,4 @@
-"""What users send and the host would drop, or stumble over, is refused with a sentence, and the server goes on.
+"""What users send and the host would drop, or stumble over, is taken or refused with a sentence; the server goes on.
 
 Hooks of the host's functions around its HTTP side, Engine and weight updates. Whatever a generate request asks for
 beyond that is decided in host/admission.py. Requests and weights of other models pass here too: what is refused of
