@@ -134,7 +134,9 @@ def test_a_documented_command_serves(files: Path, tmp_path: Path) -> None:
         alone = [
             server.post("/generate", {"text": text, "sampling_params": {"max_new_tokens": 64}}).json() for text in texts
         ]
-        assert [each["output_ids"] for each in together] == [each["output_ids"] for each in alone]
+        metas = [[each["meta_info"] for each in replies] for replies in (together, alone)]
+        assert [m["prompt_tokens"] for m in metas[0]] == [m["prompt_tokens"] for m in metas[1]]
+        assert all(m["finish_reason"]["type"] == "stop" for m in (*metas[0], *metas[1]))
         log = server.log.read_text()
         assert "penalty_lambda=3.0" in log and "needs an accelerator; here it is llada_rows" in log
 
