@@ -92,7 +92,7 @@ def run_steps(server: Side, tokenizer: PreTrainedTokenizerFast, contexts: Sequen
     for context in contexts:
         ids = after(tokenizer, context, seed=0)
         # Greedy, so the longer answer's first token comes in the same step; and its context is cached from now on.
-        before = int(answer(server, ids, 1).meta["dllm_steps"][0])
+        before = int(answer(server, ids, 1).meta["dllm_steps"])
         runs[context] = [stepping(answer(server, ids, NEW_TOKENS), before) for _ in range(1 + repeats)][1:]
         print(line(context, "ours", runs[context]), flush=True)
     return runs
@@ -106,7 +106,7 @@ def answer(server: Side, ids: list[int], new_tokens: int) -> Reply:
 
 def stepping(reply: Reply, before: int) -> Run:
     """Figures of the steps after a reply's first token, which came with its step `before`."""
-    steps = int(reply.meta["dllm_steps"][0]) - before
+    steps = int(reply.meta["dllm_steps"]) - before
     return {"ms/step": 1e3 * (reply.events[-1][0] - reply.events[0][0]) / steps, "steps": steps}
 
 

@@ -195,7 +195,7 @@ def fits(form: Form, positions: int) -> bool:
 
 def in_form(form: Form, hidden: Tensor, head: Head) -> Best:
     """Selection with the first kernel in a form."""
-    records = select_triton.run_slices(form, hidden, head.weight, None, head.first, MASK, 1)
+    records = select_triton.run_slices(form, hidden, head.weight, None, None, head.first, MASK, 1)
     return Best(*torch.ops.sglang_llada.finish_records(records, None, len(hidden), form.positions, 1))
 
 

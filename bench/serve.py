@@ -194,7 +194,7 @@ def summary(asks: list[Ask], replies: list[Reply]) -> dict[str, float]:
     if judged:
         figures["right %"] = 100 * sum(r.text.strip() == a.right for a, r in judged) / len(judged)
     if all("dllm_nfe" in r.meta for r in replies):
-        nfe = sum(r.meta["dllm_nfe"][0] for r in replies)
+        nfe = sum(r.meta["dllm_nfe"] for r in replies)
         figures["TPF"], figures["NFE"] = figures["tokens"] / nfe, nfe
     return figures
 
@@ -206,7 +206,7 @@ def against_reference(asks: list[Ask], replies: list[Reply]) -> dict[str, int]:
     cases = decoded(prompts, like.max_new_tokens, CHECKPOINT, ignore_eos=like.ignore_eos)
     found = dict.fromkeys(("exact", "set apart", "wrong"), 0)
     for case, reply in zip(cases, replies, strict=True):
-        same = (reply.token_ids, reply.meta["dllm_steps"]) == (case.want.token_ids, [case.want.forwards])
+        same = (reply.token_ids, reply.meta["dllm_steps"]) == (case.want.token_ids, case.want.forwards)
         found["exact" if same else "set apart" if case.close_call else "wrong"] += 1
     return found
 

@@ -95,6 +95,10 @@ def show_algorithms() -> int:
             print(f"  {p.name:19} {kind:6} default {default}, {allowed}: {p.help}")
     for name, (algorithm, changes) in config.VARIANTS.items():
         print(f"{name}  (--dllm-algorithm {config.flag_of(name)})  {algorithm} with {changes}")
+    print("names of other programs")
+    for key, foreign in config.FOREIGN.items():
+        if foreign.ours not in (None, key):
+            print(f"  {key:19} means {foreign.ours}")
     return 0
 
 

@@ -75,6 +75,7 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
         Parameter(
             "window", int, 1, 1, MOST_WINDOW, "blocks that may be edited: the one being decoded and those before"
         ),
+        Parameter("penalty_lambda", float, 0.0, 0.0, 100.0, "what the logit of the token to the left is lowered by"),
         *FOR_ALL,
     ),
     "levenshtein": (
@@ -88,7 +89,6 @@ ALGORITHMS: dict[str, tuple[Parameter, ...]] = {
 }
 
 SHOWN = {"trace", "stream_mode"}  # parameters that change what is said of an answer, and not the answer
-KEYS = {"algorithm", "mode"} | {p.name for parameters in ALGORITHMS.values() for p in parameters}
 
 # Named values of LLaDA2.1; what stands beside the mode in a mapping goes before the mode's.
 MODES: dict[str, dict[str, dict[str, float]]] = {
@@ -114,13 +114,87 @@ FLAGS: dict[str, str] = {
     "Levenshtein": "levenshtein",
     "JointThresholdInDel": "levenshtein",
 }
-# The host's keys of --dllm-algorithm-config that change nothing here, and the values for which that is so; None: that
-# of the checkpoint.
-HOST_KEYS: dict[str, tuple[Any, ...] | None] = {
-    "block_size": None,
-    "penalty_lambda": (0,),
-    "vectorized_decoding": (True, False),
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A key of another program's configuration.
+
+    Attributes:
+        instead: what is allowed, or what to use, after the key and its value; it may name {block_size}.
+        same: values that change nothing here; None: the block size.
+        ours: the parameter that is the same thing, where an algorithm has it.
+    """
+
+    instead: str
+    same: tuple[Any, ...] | None = ()
+    ours: str | None = None
+
+
+YES_OR_NO = (True, False)
+BLOCK = Foreign("allowed: {block_size}, the checkpoint's block size", None)
+STEPS = Foreign("allowed: {block_size}, the block size, since only threshold and levenshtein have steps", None, "steps")
+ONE = Foreign("allowed: 1; how many tokens a step takes at least follows from steps", (1,))
+EARLY_STOP = Foreign("allowed: true or false", YES_OR_NO, "early_exit")
+OF_CHECKPOINT = Foreign("the checkpoint says that; leave it out", (None,))
+LENGTH = Foreign("the request's max_new_tokens (max_tokens of the OpenAI endpoints) says that")
+SAMPLED = Foreign("it belongs among the request's sampling parameters", (None,))
+OF_DINFER = Foreign("that is a decode of dInfer's which is not here; leave it out", (0, False))
+
+# Of SGLang (first), of the generate() of LLaDA2's model cards, of diffusers' LLaDA2Pipeline, of dInfer and of LLaDA.
+FOREIGN: dict[str, Foreign] = {
+    "block_size": BLOCK,
+    "penalty_lambda": Foreign("allowed: 0, since only joint_threshold has it", (0,), "penalty_lambda"),
+    "vectorized_decoding": Foreign("allowed: true or false", YES_OR_NO),
+    "capture_input_preparation": Foreign("allowed: true or false", YES_OR_NO),
+    "return_step_maps": Foreign("allowed: true or false", (), "trace"),
+    "block_length": BLOCK,
+    "steps": STEPS,
+    "num_inference_steps": STEPS,
+    "steps_per_block": STEPS,
+    "editing_threshold": Foreign(
+        "allowed: null, since only joint_threshold and levenshtein edit", (None,), "edit_threshold"
+    ),
+    "max_post_steps": Foreign(
+        "allowed: 0, since only joint_threshold and levenshtein edit", (0,), "max_post_edit_steps"
+    ),
+    "minimal_topk": ONE,
+    "num_to_transfer": ONE,
+    "eos_early_stop": EARLY_STOP,
+    "early_stop": EARLY_STOP,
+    "gen_length": LENGTH,
+    "gen_len": LENGTH,
+    "max_length": Foreign("--context-length, and the request's max_new_tokens, say that"),
+    "temperature": SAMPLED,
+    "top_p": SAMPLED,
+    "top_k": SAMPLED,
+    "sampling_method": Foreign(
+        "temperature says that: 0 is greedy, above it tokens are drawn", ("auto", "multinomial")
+    ),
+    "mask_id": OF_CHECKPOINT,
+    "mask_token_id": OF_CHECKPOINT,
+    "eos_id": Foreign("the checkpoint says that; further ones are the request's stop_token_ids", (None,)),
+    "eos_token_id": Foreign("the checkpoint says that; further ones are the request's stop_token_ids", (None,)),
+    "use_cache": Foreign("allowed: true, since the KV of finished blocks is always kept", (True,)),
+    "cache": Foreign("allowed: 'prefix', since the KV of finished blocks is always kept", ("prefix",)),
+    "use_bd": Foreign("allowed: true, since the model decodes by blocks", (True,)),
+    "parallel_decoding": Foreign("allowed: 'threshold'; other rules are the values of algorithm", ("threshold",)),
+    "enable_torch_compile": Foreign("allowed: true or false; --enable-torch-compile does it", YES_OR_NO),
+    "use_credit": OF_DINFER,
+    "low_threshold": OF_DINFER,
+    "cont_weight": OF_DINFER,
+    "prefix_look": OF_DINFER,
+    "after_look": OF_DINFER,
+    "warmup_steps": OF_DINFER,
+    "remasking": Foreign("allowed: 'low_confidence'", ("low_confidence",)),
+    "cfg_scale": Foreign("allowed: 0, since LLaDA2 is not guided", (0,)),
 }
+# All that changes how a request is decoded.
+KEYS = (
+    {"algorithm", "mode"}
+    | {p.name for parameters in ALGORITHMS.values() for p in parameters}
+    | {key for key, foreign in FOREIGN.items() if foreign.ours}
+)
 DEFAULT_ALGORITHM = "threshold"
 RUN = "run"  # how structured output is decoded, whatever the request's algorithm
 RELEASE = re.compile(r"llada[-_.]?2\.(\d)", re.IGNORECASE)
@@ -172,6 +246,7 @@ class DecodeConfig:
         steps: most denoise steps that a block may take.
         edit_threshold: a decided token is replaced by another whose probability is above (strictly) this.
         max_post_edit_steps: most steps that may edit a block with nothing open.
+        penalty_lambda: what the logit of the token to the left of a position, in its block, is lowered by there.
         early_exit: whether an answer is complete when nothing is open before a stop token, or only with its block.
         max_nfe: decode steps after which a request ends with the tokens before its first open position; 0: no bound.
         cumulative_budget: whether those are counted over the whole block, though holes may have come back.
@@ -192,6 +267,7 @@ class DecodeConfig:
     steps: int = 1
     edit_threshold: float = 1.0
     max_post_edit_steps: int = 0
+    penalty_lambda: float = 0.0
     cumulative_budget: bool = False
     early_exit: bool = True
     max_nfe: int = 0
@@ -267,6 +343,7 @@ class DecodeConfig:
                 raise ConfigError(f"{where}: {error}") from None
         parameters, modes = {p.name: p for p in ALGORITHMS[base.algorithm]}, MODES.get(base.algorithm, {})
         allowed = [*parameters, "algorithm", *(["mode"] if modes else [])]
+        mapping = translated(mapping, parameters, self.block_size, where)
         unknown = [key for key in mapping if key not in allowed]
         if unknown:
             names = ", ".join(repr(key) for key in unknown)
@@ -327,13 +404,26 @@ def algorithm_of_flag(flag: str) -> str:
     return FLAGS[flag]
 
 
-def without_host_keys(mapping: Mapping[str, Any], block_size: int, where: str) -> dict[str, Any]:
-    """The mapping without HOST_KEYS; ConfigError if one of them asks for what is not done here."""
-    for key, values in HOST_KEYS.items():
-        allowed = (block_size,) if values is None else values
-        if key in mapping and mapping[key] not in allowed:
-            raise ConfigError(f"{where}: {key} is {mapping[key]!r}; allowed: {' or '.join(map(repr, allowed))}")
-    return {key: value for key, value in mapping.items() if key not in HOST_KEYS}
+def translated(
+    mapping: Mapping[str, Any], parameters: Mapping[str, Parameter], block_size: int, where: str
+) -> dict[str, Any]:
+    """The mapping in our own keys; ConfigError if one of FOREIGN asks for what is not done here."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name, foreign = key, FOREIGN.get(key)
+        if key in parameters or foreign is None:
+            pass
+        elif foreign.ours is not None and foreign.ours in parameters:
+            name = foreign.ours
+            value = checked(value, replace(parameters[name], name=key), block_size, where)
+        elif value in ((block_size,) if foreign.same is None else foreign.same):
+            continue
+        else:
+            raise ConfigError(f"{where}: {key} is {value!r}; {foreign.instead.format(block_size=block_size)}")
+        if name in found:
+            raise ConfigError(f"{where}: {name} is there twice, the second time as {key}; once is enough")
+        found[name] = value
+    return found
 
 
 def one_of(key: str, value: Any, allowed: Collection[str], where: str) -> str:

@@ -153,15 +153,25 @@ def hook_sampling_defaults() -> None:
 
 
 def hook_door() -> None:
-    """Refuse what would be dropped, or end badly, before the scheduler hears of it."""
+    """Refuse what would be dropped, or end badly, before the scheduler hears of it; what its answers come to say."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host import door
+    from sglang_llada.host import door, meta_info, plain_text
 
     completions = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
     HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
-    generate = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
-    HookRegistry.register(generate, door.check_sampling, HookType.BEFORE)
+    request = "sglang.srt.managers.io_struct.GenerateReqInput"
+    HookRegistry.register(request, door.OpenGenerateReqInput, HookType.REPLACE)
+    HookRegistry.register(f"{request}.normalize_batch_and_arguments", door.check_sampling, HookType.BEFORE)
+    for generate in ("generate", "async_generate"):
+        target = f"sglang.srt.entrypoints.engine.Engine.{generate}"
+        HookRegistry.register(target, door.take_step_maps, HookType.AROUND)
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, HookType.AFTER)
+    HookRegistry.register(f"{manager}._validate_one_request", door.refuse_embeddings, HookType.BEFORE)
+    HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
+    scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin.score_request"
+    HookRegistry.register(scores, door.refuse_scores, HookType.BEFORE)
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)

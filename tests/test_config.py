@@ -93,9 +93,9 @@ def test_steps_outside_their_range_are_refused(base: DecodeConfig, value: object
 
 def test_unknown_keys_are_named_with_the_allowed_ones(base: DecodeConfig) -> None:
     with pytest.raises(ConfigError) as error:
-        base.replaced({"threshold": 0.5, "treshold": 0.5, "block_size": 4}, "--dllm-algorithm-config")
+        base.replaced({"threshold": 0.5, "treshold": 0.5, "blocks": 4}, "--dllm-algorithm-config")
     assert str(error.value) == (
-        "--dllm-algorithm-config: unknown key 'treshold', 'block_size'; allowed: threshold, steps, early_exit, "
+        "--dllm-algorithm-config: unknown key 'treshold', 'blocks'; allowed: threshold, steps, early_exit, "
         "max_nfe, live_blocks, next_block_share, trace, stream_mode, algorithm"
     )
 
@@ -156,12 +156,153 @@ def test_multi_block_editing_is_token_editing_in_a_window_of_two(base: DecodeCon
     assert several.replaced({"window": 3}).window == 3
 
 
-def test_the_hosts_keys_are_taken_where_they_change_nothing() -> None:
-    mapping = {"block_size": T, "penalty_lambda": 0, "vectorized_decoding": True, "threshold": 0.5}
-    assert config.without_host_keys(mapping, T, "file") == {"threshold": 0.5}
-    for key, value, allowed in (("block_size", 8, f"{T}"), ("penalty_lambda", 0.3, "0")):
-        with pytest.raises(ConfigError, match=f"^file: {key} is {value}; allowed: {allowed}$"):
-            config.without_host_keys({key: value}, T, "file")
+JOINT, INDEL = "joint_threshold", "levenshtein"
+# What others' files and calls say, as it is published, and what it must mean here.
+MOVED: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "SGLang's documentation, LowConfidence": ("threshold", {"threshold": 0.95, "block_size": T}, {"threshold": 0.95}),
+    "SGLang's documentation, JointThreshold": (
+        JOINT,
+        {"threshold": 0.5, "edit_threshold": 0.0, "max_post_edit_steps": 16, "penalty_lambda": 0},
+        {"threshold": 0.5, "edit_threshold": 0.0},
+    ),
+    "SGLang's recommendation against repetitions": (
+        JOINT,
+        {"threshold": 0.5, "edit_threshold": 0, "penalty_lambda": 3, "vectorized_decoding": True},
+        {"threshold": 0.5, "edit_threshold": 0.0, "penalty_lambda": 3.0},
+    ),
+    "model card of 2.0": (
+        "threshold",
+        {"eos_early_stop": True, "block_length": 32, "steps": 32, "threshold": 0.95, "minimal_topk": 1},
+        {"threshold": 0.95, "steps": 32, "early_exit": True},
+    ),
+    "model card of 2.1, speed": (
+        JOINT,
+        {"eos_early_stop": True, "block_length": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
+        {"threshold": 0.5, "edit_threshold": 0.0, "max_post_edit_steps": 16},
+    ),
+    "model card of 2.1, all arguments": (
+        JOINT,
+        {"steps": 32, "threshold": 0.7, "editing_threshold": 0.5, "num_to_transfer": 1, "top_p": None, "top_k": None},
+        {"threshold": 0.7, "edit_threshold": 0.5},
+    ),
+    "model card of 2.2": (
+        INDEL,
+        {"block_length": 32, "threshold": 0.5, "editing_threshold": 0.0, "steps": 16},
+        {"threshold": 0.5, "edit_threshold": 0.0, "steps": 16},
+    ),
+    "diffusers": (
+        JOINT,
+        {
+            "block_length": 32,
+            "num_inference_steps": 32,
+            "threshold": 0.7,
+            "editing_threshold": 0.5,
+            "max_post_steps": 8,
+            "minimal_topk": 1,
+            "sampling_method": "multinomial",
+            "mask_token_id": None,
+        },
+        {"threshold": 0.7, "edit_threshold": 0.5, "max_post_edit_steps": 8},
+    ),
+    "diffusers, without edits": (
+        "threshold",
+        {"num_inference_steps": 8, "editing_threshold": None, "eos_early_stop": False},
+        {"steps": 8, "early_exit": False},
+    ),
+    "dInfer": (
+        "threshold",
+        {
+            "threshold": 0.9,
+            "cache": "prefix",
+            "early_stop": True,
+            "cont_weight": 0,
+            "prefix_look": 0,
+            "after_look": 0,
+            "warmup_steps": 0,
+            "enable_torch_compile": True,
+            "parallel_decoding": "threshold",
+            "use_credit": False,
+            "use_bd": True,
+        },
+        {"threshold": 0.9},
+    ),
+    "step maps": ("threshold", {"return_step_maps": True}, {"trace": True}),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_keys_of_other_programs_mean_what_they_mean_there(name: str) -> None:
+    algorithm, theirs, ours = MOVED[name]
+    base = DecodeConfig.defaults(T, algorithm, indel=True)
+    assert base.replaced(theirs) == dataclasses.replace(base, **ours)  # type: ignore[arg-type]
+    assert base.replaced({**theirs, "algorithm": algorithm}) == base.replaced(ours)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "mapping", "message"),
+    [
+        ("threshold", {"block_size": 8}, "block_size is 8; allowed: 32, the checkpoint's block size"),
+        ("threshold", {"block_length": 64}, "block_length is 64; allowed: 32, the checkpoint's block size"),
+        ("threshold", {"penalty_lambda": 3}, "penalty_lambda is 3; allowed: 0, since only joint_threshold has it"),
+        (INDEL, {"penalty_lambda": 3}, "penalty_lambda is 3; allowed: 0, since only joint_threshold has it"),
+        (JOINT, {"penalty_lambda": -1}, "penalty_lambda is -1; allowed: a number from 0.0 to 100.0"),
+        (JOINT, {"editing_threshold": 2}, "editing_threshold is 2; allowed: a number from 0.0 to 1.0"),
+        (JOINT, {"editing_threshold": None}, "editing_threshold is None; allowed: a number from 0.0 to 1.0"),
+        (JOINT, {"max_post_steps": 0.5}, "max_post_steps is 0.5; allowed: an integer from 0 to 1024"),
+        (
+            JOINT,
+            {"editing_threshold": 0.5, "edit_threshold": 0.5},
+            "edit_threshold is there twice, the second time as edit_threshold; once is enough",
+        ),
+        (
+            JOINT,
+            {"num_inference_steps": 8},
+            "num_inference_steps is 8; allowed: 32, the block size, since only threshold and levenshtein have steps",
+        ),
+        ("threshold", {"steps_per_block": 33}, "steps_per_block is 33; allowed: an integer from 1 to 32"),
+        (
+            "threshold",
+            {"editing_threshold": 0.5},
+            "editing_threshold is 0.5; allowed: null, since only joint_threshold and levenshtein edit",
+        ),
+        (JOINT, {"eos_early_stop": "yes"}, "eos_early_stop is 'yes'; allowed: true or false"),
+        ("threshold", {"eos_early_stop": 1}, "eos_early_stop is 1; allowed: true or false"),
+        (
+            "threshold",
+            {"gen_length": 512},
+            "gen_length is 512; the request's max_new_tokens (max_tokens of the OpenAI endpoints) says that",
+        ),
+        (
+            "threshold",
+            {"temperature": 0.5},
+            "temperature is 0.5; it belongs among the request's sampling parameters",
+        ),
+        ("threshold", {"mask_id": 156895}, "mask_id is 156895; the checkpoint says that; leave it out"),
+        (
+            "threshold",
+            {"cache": "dual"},
+            "cache is 'dual'; allowed: 'prefix', since the KV of finished blocks is always kept",
+        ),
+        (
+            "threshold",
+            {"low_threshold": 0.6},
+            "low_threshold is 0.6; that is a decode of dInfer's which is not here; leave it out",
+        ),
+        ("threshold", {"return_step_maps": 1}, "return_step_maps is 1; allowed: true or false"),
+    ],
+)
+def test_keys_of_other_programs_that_ask_for_more_are_refused(
+    algorithm: str, mapping: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        DecodeConfig.defaults(T, algorithm, indel=True).replaced(mapping, "file")
+    assert str(error.value) == f"file: {message}"
+
+
+def test_every_foreign_key_that_means_a_parameter_names_one_that_exists() -> None:
+    parameters = {p.name for each in config.ALGORITHMS.values() for p in each}
+    assert {foreign.ours for foreign in config.FOREIGN.values()} - {None} <= parameters
+    assert {"return_step_maps", "editing_threshold", "penalty_lambda"} < config.KEYS
 
 
 def test_a_mode_names_values_and_single_ones_go_before_it(base: DecodeConfig) -> None:

@@ -83,7 +83,7 @@ def by_server(url: str) -> Answerer:
         reply = requests.post(url + "/generate", json=body, timeout=300)
         reply.raise_for_status()
         out = reply.json()
-        return Answer(out["output_ids"], sum(out["meta_info"].get("dllm_steps", [])))
+        return Answer(out["output_ids"], out["meta_info"].get("dllm_steps", 0))
 
     return answer
 

@@ -146,7 +146,6 @@ class Request(Generic[P]):
     forwards: int = 0  # NFE: forwards the request took part in
     steps: int = 0  # decode steps
     steps_per_block: list[int] = field(default_factory=list)  # decode steps of each block that is gone
-    blocks_reported: int = 0  # how many of those report_steps() has given out
     notes_reported: int = 0
 
     def __post_init__(self) -> None:
@@ -242,13 +241,6 @@ class Request(Generic[P]):
         if self.phase is Phase.DONE:
             raise IntegrityError(f"{self.rid}: ended twice ({self.ending}, then {ending})")
         self.phase, self.ending = Phase.DONE, ending
-
-    def report_steps(self, *, ended: bool) -> list[int]:
-        """Decode steps of the blocks gone since the last call; with `ended`, of the live ones too."""
-        everything = self.steps_of_blocks if ended else self.steps_per_block
-        news = everything[self.blocks_reported :]
-        self.blocks_reported = len(everything)
-        return news
 
     def report_notes(self, upto: int) -> list[Any]:
         """Notes on the tokens since the last call, of the first `upto` tokens."""

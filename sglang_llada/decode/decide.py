@@ -21,7 +21,7 @@ from torch import Tensor
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.select import Best, Exchange, Head, select
+from sglang_llada.decode.select import Best, Exchange, Head, Lowered, select
 from sglang_llada.decode.whole import Group, choose
 
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
@@ -31,7 +31,7 @@ OPEN_COLUMN = 0
 COUNTS = ("step", "edits")  # of a state, before the memory
 NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
-STAYS = ("editable", "algorithm", *NUMBERS, *FLOATS)
+STAYS = ("editable", "algorithm", *NUMBERS, *FLOATS, "penalty_lambda")
 EDITABLE_COLUMN, ALGORITHM_COLUMN = (STAYS.index(name) - len(STAYS) for name in ("editable", "algorithm"))
 
 
@@ -43,7 +43,8 @@ def fresh(block_size: int, tokens: Tokens) -> list[int]:
 def numbers(params: DecodeConfig) -> tuple[int, ...]:
     """What a record says of a request's parameters, the same for all of its rows."""
     integers = (int(getattr(params, name)) for name in NUMBERS)
-    return (CODES[params.algorithm], *integers, *(bits(getattr(params, name)) for name in FLOATS))
+    floats = (bits(getattr(params, name)) for name in (*FLOATS, "penalty_lambda"))
+    return (CODES[params.algorithm], *integers, *floats)
 
 
 def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int]) -> list[int]:
@@ -71,6 +72,16 @@ def unpack(ids: Tensor, table: Tensor, block_size: int, tokens: Tokens) -> tuple
         Params(**integers, **floats, tokens=tokens),
         column["algorithm"],
     )
+
+
+def repeated(ids: Tensor, table: Tensor, block_size: int) -> Lowered:
+    """Of each position [R * T] the token to its left, as it stands in its block, and the row's penalty for it.
+
+    The host's rule: the first position of a block has no such token, and to the right of an open one it is the mask.
+    """
+    by = table[:, -1:].view(torch.float64).float().repeat(1, block_size)  # [R, T]
+    by[:, 0] = 0.0
+    return Lowered(ids.roll(1), by.flatten())
 
 
 def pack(out: StepOut, *, trace: bool = False) -> Tensor:
@@ -143,16 +154,17 @@ def in_torch(
     # Where the checkpoint inserts and deletes several candidates are looked at, the mask among them.
     never, k = (-1, levenshtein.CANDIDATES) if tokens.indel else (tokens.mask, 1)
     wanted = (block.open | block.editable).flatten()
+    lowered = repeated(ids, table, block_size)
     token, prob = ids.new_zeros(len(ids), k), hidden.new_zeros(len(ids), k, dtype=torch.float32)
     choosing = [group for group in groups if group.chooses]
     elsewhere = [i for group in choosing for i in group.at]
     selected = wanted.index_fill(0, torch.tensor(elsewhere, device=ids.device), False) if elsewhere else wanted
     if len(elsewhere) < count:
         first = selected.to(torch.uint8).argsort(descending=True, stable=True)[: count - len(elsewhere)]
-        found = select(hidden[first], head, never, k, exchange, selected.sum())
+        found = select(hidden[first], head, never, k, exchange, selected.sum(), lowered.at(first))
         token, prob = token.index_copy(0, first, found.token), prob.index_copy(0, first, found.prob)
     if choosing:
-        at, found = choose(hidden, choosing, head, tokens.mask, never, k, exchange)
+        at, found = choose(hidden, choosing, head, tokens.mask, never, k, exchange, lowered)
         token, prob = token.index_copy(0, at, found.token), prob.index_copy(0, at, found.prob)
     shape = (*block.ids.shape, -1)
     token, prob = token.view(shape), prob.view(shape)

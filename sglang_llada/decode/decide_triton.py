@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_llada.decode.contract import State, StepOut
-from sglang_llada.decode.decide import CODES, COUNTS, EDITABLE_COLUMN, OPEN_COLUMN, STAYS
-from sglang_llada.decode.select import Best, Exchange, Head
+from sglang_llada.decode.decide import CODES, COUNTS, EDITABLE_COLUMN, OPEN_COLUMN, STAYS, repeated
+from sglang_llada.decode.select import Best, Exchange, Head, Lowered
 from sglang_llada.decode.select_triton import select
 from sglang_llada.decode.whole import Group, choose
 
 RECORD = 1 + len(COUNTS) + len(STAYS)  # columns, where no algorithm has a memory
+STAYS_COUNT = tl.constexpr(len(STAYS))
 OUTCOME = 2 + len(COUNTS)  # what pack() gives beside tokens and trace
 COLUMNS = tl.constexpr(256)  # of hidden states that a program moves
 ROWS = tl.constexpr(128)  # whose positions are counted at once
@@ -43,11 +44,11 @@ def decide(
     """As decide.decide, for checkpoints that do not insert."""
     T, ops = block_size, torch.ops.sglang_llada
     if best is None:
-        gathered, number = ops.gather_wanted(hidden, table, T, min(count, len(hidden)))
-        best = select(gathered, head, mask_id, 1, exchange, number)
+        gathered, number, less, by = ops.gather_wanted(hidden, ids, table, T, min(count, len(hidden)))
+        best = select(gathered, head, mask_id, 1, exchange, number, Lowered(less, by))
     taken = best
     if choosing := [group for group in groups if group.chooses]:
-        at, found = choose(hidden, choosing, head, mask_id, mask_id, 1, exchange)
+        at, found = choose(hidden, choosing, head, mask_id, mask_id, 1, exchange, repeated(ids, table, T))
         place = places_of_wanted(table, T)[at]
         taken = Best(best.token.index_copy(0, place, found.token), best.prob.index_copy(0, place, found.prob))
     packed, is_open, done, written, prob = ops.decide_rows(ids, table, taken.token, taken.prob, T)
@@ -74,17 +75,25 @@ def places_of_wanted(table: Tensor, block_size: int) -> Tensor:
 @torch.library.custom_op(
     "sglang_llada::gather_wanted",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor table, int block_size, int count) -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor ids, Tensor table, int block_size, int count) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def gather_wanted(hidden: Tensor, table: Tensor, block_size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Hidden states [count, H] of the wanted positions of [R * T, H], in order, then anything; how many, int32 [1]."""
-    gathered, number = room_for_wanted(hidden, table, block_size, count)
+def gather_wanted(
+    hidden: Tensor, ids: Tensor, table: Tensor, block_size: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [count, H] of the wanted positions of [R * T, H], in order, then anything; how many, int32 [1].
+
+    And what decide.repeated() says of those positions, int64 and fp32 [count].
+    """
+    gathered, number, less, by = room_for_wanted(hidden, ids, table, block_size, count)
     width = hidden.shape[1]
     gather_kernel[(len(table), triton.cdiv(width, COLUMNS.value))](
         hidden.contiguous(),
+        ids.contiguous(),
         table,
         gathered,
         number,
+        less,
+        by,
         table.stride(0),
         count,
         HIDDEN=width,
@@ -92,12 +101,19 @@ def gather_wanted(hidden: Tensor, table: Tensor, block_size: int, count: int) ->
         PADDED=triton.next_power_of_2(block_size),
         RECORD=RECORD,
     )
-    return gathered, number
+    return gathered, number, less, by
 
 
 @gather_wanted.register_fake
-def room_for_wanted(hidden: Tensor, table: Tensor, block_size: int, count: int) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(count, hidden.shape[1]), hidden.new_empty(1, dtype=torch.int32)
+def room_for_wanted(
+    hidden: Tensor, ids: Tensor, table: Tensor, block_size: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(count, hidden.shape[1]),
+        hidden.new_empty(1, dtype=torch.int32),
+        ids.new_empty(count),
+        hidden.new_empty(count, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op(
@@ -158,7 +174,7 @@ def wanted_before(table, stride, r, PADDED: tl.constexpr, RECORD: tl.constexpr):
     for at in range(0, r, ROWS):
         row = at + tl.arange(0, ROWS)
         record = table + row * stride
-        sets = tl.load(record, row < r, 0) | tl.load(record + RECORD - 7, row < r, 0)
+        sets = tl.load(record, row < r, 0) | tl.load(record + RECORD - STAYS_COUNT, row < r, 0)
         found += tl.sum(tl.sum(members(sets, PADDED), 1), 0)
     return found
 
@@ -166,9 +182,12 @@ def wanted_before(table, stride, r, PADDED: tl.constexpr, RECORD: tl.constexpr):
 @triton.jit
 def gather_kernel(
     hidden,
+    ids,
     table,
     gathered,
     number,
+    less,
+    by,
     stride,
     count,
     HIDDEN: tl.constexpr,
@@ -180,7 +199,7 @@ def gather_kernel(
     r = tl.program_id(0)
     t = tl.arange(0, PADDED)
     record = table + r * stride
-    sets = tl.load(record) | tl.load(record + RECORD - 7)
+    sets = tl.load(record) | tl.load(record + RECORD - STAYS_COUNT)
     wanted = (sets >> t.to(tl.int64) & 1).to(tl.int32)
     before = wanted_before(table, stride, r, PADDED, RECORD)
     to = before + tl.cumsum(wanted, 0) - wanted
@@ -188,8 +207,15 @@ def gather_kernel(
     moved = ((wanted > 0) & (t < BLOCK) & (to < count))[:, None] & (column < HIDDEN)[None, :]
     x = tl.load(hidden + (r * BLOCK + t).to(tl.int64)[:, None] * HIDDEN + column[None, :], moved)
     tl.store(gathered + to.to(tl.int64)[:, None] * HIDDEN + column[None, :], x, moved)
-    if (r == tl.num_programs(0) - 1) & (tl.program_id(1) == 0):
-        tl.store(number, before + tl.sum(wanted, 0))
+    if tl.program_id(1) == 0:
+        # decide.repeated(): the token to the left within the block, and the row's penalty for it.
+        listed = (wanted > 0) & (t < BLOCK) & (to < count)
+        has_left = listed & (t > 0)
+        penalty = tl.load(record + RECORD - 1).to(tl.float64, bitcast=True).to(tl.float32)
+        tl.store(less + to, tl.load(ids + r * BLOCK + t - 1, has_left, -1), listed)
+        tl.store(by + to, tl.where(has_left, penalty, 0.0), listed)
+        if r == tl.num_programs(0) - 1:
+            tl.store(number, before + tl.sum(wanted, 0))
 
 
 @triton.jit
@@ -215,7 +241,7 @@ def rows_kernel(
     # The record, in the order of OPEN_COLUMN, COUNTS and STAYS.
     record = table + r * stride
     open_set, step, edits = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-    stays = record + RECORD - 7
+    stays = record + RECORD - STAYS_COUNT
     editable_set, algorithm = tl.load(stays), tl.load(stays + 1)
     steps, most_edits = tl.load(stays + 2), tl.load(stays + 3)
     threshold = tl.load(stays + 5).to(tl.float64, bitcast=True).to(tl.float32)

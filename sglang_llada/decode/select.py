@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,17 @@ class Best:
     prob: Tensor
 
 
+class Lowered(NamedTuple):
+    """Of each position one token whose logit counts as lower: its id, int64 [P], and by how much, fp32 [P]."""
+
+    token: Tensor
+    by: Tensor
+
+    def at(self, positions: Tensor) -> Lowered:
+        """Those of some positions."""
+        return Lowered(self.token[positions], self.by[positions])
+
+
 Exchange = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -78,6 +90,7 @@ def select(
     count: int = 1,
     exchange: Exchange | None = None,
     wanted: Tensor | None = None,
+    lowered: Lowered | None = None,
 ) -> Best:
     """Best tokens of each position; of equal logits the lowest id.
 
@@ -89,12 +102,13 @@ def select(
         exchange: with a sharded vocabulary, gives every rank's tensor in order of rank for this rank's.
         wanted: how many of the positions, from the first, matter, int64 []; what the others get means nothing. A device
             saves their work without the host knowing the number.
+        lowered: of each position a logit that is changed first.
     """
     if hidden.is_cuda:
         from sglang_llada.decode import select_triton
 
-        return select_triton.select(hidden, head, mask_id, count, exchange, wanted)
-    part = reduce(hidden, head, mask_id, count)
+        return select_triton.select(hidden, head, mask_id, count, exchange, wanted, lowered)
+    part = reduce(hidden, head, mask_id, count, lowered)
     if exchange is not None:
         part = merge([Partial.unpack(packed) for packed in exchange(part.pack())])
     return finish(part)
@@ -105,13 +119,16 @@ def best(logits: Tensor, mask_id: int, count: int = 1) -> Best:
     return finish(reduce_logits(logits.float(), 0, mask_id, count))
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int) -> Partial:
+def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, lowered: Lowered | None = None) -> Partial:
     """A head reduced chunk by chunk."""
     part: Partial | None = None
     hidden = hidden.float()
     for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):
         first = head.first + at * VOCAB_CHUNK
-        chunk = reduce_logits(F.linear(hidden, rows.float()), first, mask_id, count)
+        logits = F.linear(hidden, rows.float())
+        if lowered is not None:
+            logits = lower(logits, first, lowered)
+        chunk = reduce_logits(logits, first, mask_id, count)
         part = chunk if part is None else merge([part, chunk])
     assert part is not None
     return part
@@ -123,6 +140,13 @@ def reduce_logits(logits: Tensor, first: int, mask_id: int, count: int) -> Parti
     value, index = top(logits.masked_fill(ids == mask_id, float("-inf")), count)
     peak = logits.amax(-1)
     return Partial(value, index + first, peak, (logits - reference_of(peak)[:, None]).exp().sum(-1))
+
+
+def lower(logits: Tensor, first: int, lowered: Lowered) -> Tensor:
+    """Logits fp32 [P, v] of the token ids from `first` on, those changed that are to count as lower."""
+    at, last = lowered.token - first, logits.shape[-1] - 1
+    by = lowered.by.masked_fill((at < 0) | (at > last), 0.0)
+    return logits.scatter_add(-1, at.clamp(0, last)[:, None], -by[:, None])
 
 
 def merge(parts: list[Partial]) -> Partial:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_llada.decode.select import Best, Exchange, Head, Partial
+from sglang_llada.decode.select import Best, Exchange, Head, Lowered, Partial
 
 INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be one of integers
 ALIGNMENT = 16  # bytes that a row must be a multiple of to be fetched by tile
@@ -83,10 +83,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def select(
-    hidden: Tensor, head: Head, mask_id: int, count: int, exchange: Exchange | None, wanted: Tensor | None
+    hidden: Tensor,
+    head: Head,
+    mask_id: int,
+    count: int,
+    exchange: Exchange | None,
+    wanted: Tensor | None,
+    lowered: Lowered | None = None,
 ) -> Best:
     """As select.select; hidden [P, H] and head.weight [v, H] of one dtype."""
-    records, block = reduce_slices(hidden, head, mask_id, count, wanted), form_of(hidden).positions
+    records, block = reduce_slices(hidden, head, mask_id, count, wanted, lowered), form_of(hidden).positions
     if exchange is not None:
         packed = torch.ops.sglang_llada.fold_records(records, wanted, len(hidden), block, count)
         records, block = torch.stack(list(exchange(packed))).mT, len(hidden)
@@ -94,15 +100,25 @@ def select(
     return Best(token, prob)
 
 
-def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None = None) -> Partial:
+def reduce(
+    hidden: Tensor,
+    head: Head,
+    mask_id: int,
+    count: int,
+    wanted: Tensor | None = None,
+    lowered: Lowered | None = None,
+) -> Partial:
     """As select.reduce; hidden [P, H] and head.weight [v, H] of one dtype."""
-    records, block = reduce_slices(hidden, head, mask_id, count, wanted), form_of(hidden).positions
+    records, block = reduce_slices(hidden, head, mask_id, count, wanted, lowered), form_of(hidden).positions
     return Partial.unpack(torch.ops.sglang_llada.fold_records(records, wanted, len(hidden), block, count))
 
 
-def reduce_slices(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None) -> Tensor:
+def reduce_slices(
+    hidden: Tensor, head: Head, mask_id: int, count: int, wanted: Tensor | None, lowered: Lowered | None
+) -> Tensor:
     """The first kernel's records, see records_of()."""
-    return torch.ops.sglang_llada.reduce_slices(hidden, head.weight, wanted, head.first, mask_id, count)
+    less, by = (None, None) if lowered is None else lowered
+    return torch.ops.sglang_llada.reduce_slices(hidden, head.weight, wanted, less, by, head.first, mask_id, count)
 
 
 # Operators, so that they can be traced and counted.
@@ -111,16 +127,34 @@ def reduce_slices(hidden: Tensor, head: Head, mask_id: int, count: int, wanted: 
 @torch.library.custom_op(
     "sglang_llada::reduce_slices",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? wanted, int first, int mask_id, int count) -> Tensor",
+    schema="(Tensor hidden, Tensor weight, Tensor? wanted, Tensor? less, Tensor? by, int first, int mask_id, int count)"
+    " -> Tensor",
 )
 def reduce_slices_op(
-    hidden: Tensor, weight: Tensor, wanted: Tensor | None, first: int, mask_id: int, count: int
+    hidden: Tensor,
+    weight: Tensor,
+    wanted: Tensor | None,
+    less: Tensor | None,
+    by: Tensor | None,
+    first: int,
+    mask_id: int,
+    count: int,
 ) -> Tensor:
-    return run_slices(form_of(hidden), hidden, weight, wanted, first, mask_id, count)
+    lowered = None if less is None or by is None else Lowered(less, by)
+    return run_slices(form_of(hidden), hidden, weight, wanted, lowered, first, mask_id, count)
 
 
 @reduce_slices_op.register_fake
-def _(hidden: Tensor, weight: Tensor, wanted: Tensor | None, first: int, mask_id: int, count: int) -> Tensor:
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    wanted: Tensor | None,
+    less: Tensor | None,
+    by: Tensor | None,
+    first: int,
+    mask_id: int,
+    count: int,
+) -> Tensor:
     return records_of(form_of(hidden), hidden, count)
 
 
@@ -172,7 +206,14 @@ def records_of(form: Form, hidden: Tensor, count: int) -> Tensor:
 
 
 def run_slices(
-    form: Form, hidden: Tensor, weight: Tensor, wanted: Tensor | None, first: int, mask_id: int, count: int
+    form: Form,
+    hidden: Tensor,
+    weight: Tensor,
+    wanted: Tensor | None,
+    lowered: Lowered | None,
+    first: int,
+    mask_id: int,
+    count: int,
 ) -> Tensor:
     """The first kernel in a form; its records."""
     records = records_of(form, hidden, count)
@@ -186,12 +227,15 @@ def run_slices(
         TensorDescriptor.from_tensor(weight, [form.ids, form.width]) if by_tile else weight,
         records,
         records if wanted is None else wanted,
+        records if lowered is None else lowered.token,
+        records if lowered is None else lowered.by,
         positions,
         len(weight),
         first,
         mask_id,
         **constants(form, width, count),
         BOUNDED=wanted is not None,
+        LOWERED=lowered is not None,
         BY_TILE=by_tile,
         UPCAST=INTERPRETED and hidden.dtype == torch.bfloat16,
         num_warps=form.warps,
@@ -296,6 +340,8 @@ def kernel(
     weight,
     records,
     wanted,
+    less,
+    by,
     positions,
     vocabulary,
     first,
@@ -309,13 +355,15 @@ def kernel(
     UPRIGHT: tl.constexpr,
     FLAT: tl.constexpr,
     BOUNDED: tl.constexpr,
+    LOWERED: tl.constexpr,
     BY_TILE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program s * blocks + b: the best COUNT ids and the softmax terms of position block b over slice s.
 
     hidden [positions, HIDDEN], weight [vocabulary, HIDDEN], both contiguous or, if BY_TILE, their descriptors; records
-    [programs, 2 COUNT + 2, POSITIONS]. If BOUNDED, only the first wanted [1] positions are worked on.
+    [programs, 2 COUNT + 2, POSITIONS]. If BOUNDED, only the first wanted [1] positions are worked on. If LOWERED, the
+    logit of id less [positions] is first made smaller by `by` [positions].
     """
     count = positions
     if BOUNDED:
@@ -330,6 +378,10 @@ def kernel(
 
     p = begin + tl.arange(0, POSITIONS)
     there = p < count
+    if LOWERED:
+        unwanted = tl.load(less + p, there, -1).to(tl.int32)
+        lower = tl.load(by + p, there, 0.0)
+        lowers = tl.max(tl.abs(lower), 0) > 0.0  # in most steps nobody's
     best, ids = none_yet(POSITIONS, PADDED)
     top = tl.full((POSITIONS,), float("-inf"), tl.float32)
     mass = tl.zeros((POSITIONS,), tl.float32)
@@ -355,9 +407,12 @@ def kernel(
         if UPRIGHT:
             x = tl.trans(x)
         x = tl.where(known[None, :], x, float("-inf"))
+        names = (first + row)[None, :]
+        if LOWERED:  # noqa: SIM102 (else there is nothing to ask)
+            if lowers:
+                x -= tl.where(names == unwanted[:, None], lower[:, None], 0.0)
         top, base, mass = raised(top, mass, x)
         mass += tl.sum(tl.exp(x - base[:, None]), 1)
-        names = (first + row)[None, :]
         best, ids = keep(best, ids, tl.where(names == mask_id, float("-inf"), x), names, COUNT, PADDED)
 
     out = records + tl.program_id(0) * (2 * COUNT + 2) * POSITIONS + tl.arange(0, POSITIONS)

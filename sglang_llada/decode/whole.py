@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sglang_llada.config import Report, Sampling
 from sglang_llada.decode.sampling import Draws, draw
-from sglang_llada.decode.select import Best, Exchange, Head, best
+from sglang_llada.decode.select import Best, Exchange, Head, Lowered, best, lower
 from sglang_llada.decode.transfer import to_device
 
 CHUNK = 256  # positions whose logits exist at once
@@ -63,7 +63,14 @@ def order(group: Group) -> tuple[bool, bool]:
 
 
 def choose(
-    hidden: Tensor, groups: list[Group], head: Head, mask_id: int, never: int, count: int, exchange: Exchange | None
+    hidden: Tensor,
+    groups: list[Group],
+    head: Head,
+    mask_id: int,
+    never: int,
+    count: int,
+    exchange: Exchange | None,
+    lowered: Lowered | None = None,
 ) -> tuple[Tensor, Best]:
     """The flat positions [P] of groups that choose, of which there is at least one, and the best tokens there.
 
@@ -73,11 +80,12 @@ def choose(
         mask_id: the mask, which is never drawn.
         never: what is no candidate either, as for select.
         count: k; a drawn token goes before the best ones.
+        lowered: of all positions of the forward, a logit that is changed before anything else.
     """
     where: list[Tensor] = []
     found: list[Best] = []
     for part in parts([group for group in groups if group.chooses]):
-        at, logits = shaped_logits(hidden, part, head, exchange)
+        at, logits = shaped_logits(hidden, part, head, exchange, lowered)
         draws = draws_of(part, hidden.device)
         n = 0 if draws is None else len(draws.noise)
         if draws is not None:
@@ -106,20 +114,21 @@ def report(
     head: Head,
     mask_id: int,
     exchange: Exchange | None,
+    lowered: Lowered | None = None,
 ) -> Tensor:
     """Log-probabilities after a step, fp64, of all groups that want some, one after the other, flat.
 
     ids, origin: int64 [R, T], as in StepOut. Of each position: that of the token which the step put there, or moved
     away from there; the `top` largest, but not the mask's, and their ids; those of `ids`. They are of the distribution
     that the token came from before it was cut, or where the group's report says so of the logits as the network gives
-    them.
+    them. lowered: as for choose.
     """
     T = ids.shape[1]
     places = torch.where(origin < 0, T, origin)
     ids = torch.zeros_like(ids[:, :1]).repeat(1, T + 1).scatter(-1, places, ids)[:, :T].flatten()
     columns_of = []
     for part in parts([group for group in groups if group.report is not None]):
-        at, logits = shaped_logits(hidden, part, head, exchange, original=True)
+        at, logits = shaped_logits(hidden, part, head, exchange, lowered, original=True)
         rows = 0
         for group in part:
             assert group.report is not None
@@ -140,7 +149,13 @@ def report(
 
 
 def shaped_logits(
-    hidden: Tensor, part: list[Group], head: Head, exchange: Exchange | None, *, original: bool = False
+    hidden: Tensor,
+    part: list[Group],
+    head: Head,
+    exchange: Exchange | None,
+    lowered: Lowered | None = None,
+    *,
+    original: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Flat positions [P] of these groups, and their logits, fp32 [P, V], as the groups change them.
 
@@ -152,7 +167,11 @@ def shaped_logits(
         rows = slice(first, first + len(group.at))
         first += len(group.at)
         kept = original and group.report is not None and group.report.original
-        if group.shape is not None and not kept:
+        if kept:
+            continue
+        if lowered is not None:
+            logits[rows] = lower(logits[rows], 0, lowered.at(at[rows]))
+        if group.shape is not None:
             logits[rows] = group.shape(logits[rows])
     return at, logits
 

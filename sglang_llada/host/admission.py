@@ -18,6 +18,7 @@ from sglang.srt.sampling.sampling_params import REQUEST_REASONING_END_TOKEN_IDS_
 
 from sglang_llada.config import KEYS, DecodeConfig, Report, Sampling
 from sglang_llada.errors import ConfigError
+from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
 HOST_PARAMS = {REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY, "thinking_budget"}
@@ -53,19 +54,30 @@ REFUSALS = (
 )
 
 
-def why_refused(req: Any, defaults: DecodeConfig, vocabulary: int) -> str | None:
+def why_refused(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> str | None:
     """The sentence that refuses a host request, or None if it is welcome."""
     params = req.sampling_params
     for refusal in REFUSALS:
         if refusal.asks(req, params):
             return refusal.sentence.format(r=req, p=params)
-    outside = next((token for token in req.origin_input_ids if not 0 <= token < vocabulary), None)
-    if outside is not None:
-        return f"input_ids holds {outside}; allowed: 0 to {vocabulary - 1}"
+    reason = no_text(req.origin_input_ids, vocabulary, facts)
+    if reason is not None:
+        return reason
     try:
         decode_params(req, defaults, vocabulary)
     except ConfigError as error:
         return str(error)
+    return None
+
+
+def no_text(ids: list[int], vocabulary: int, facts: CheckpointFacts) -> str | None:
+    """The sentence about the first id of a prompt that is no token of a text; None if all are."""
+    own = {facts.mask_id: "the mask", facts.delete_id: "DELETE", facts.split_id: "SPLIT"}
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocabulary:
+            return f"input_ids holds {token} at position {position}; allowed: 0 to {vocabulary - 1}"
+        if token in own:
+            return f"input_ids holds {token} at position {position}, which is {own[token]}; allowed: tokens of a text"
     return None
 
 

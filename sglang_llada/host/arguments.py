@@ -28,11 +28,17 @@ from sglang_llada.config import (
     flag_of,
     flag_of_checkpoint,
     read_switch,
-    without_host_keys,
 )
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.hub import folder_of
-from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
+from sglang_llada.host.platform import (
+    ATTENTION_BACKEND,
+    ATTENTION_BACKENDS,
+    KV_TOKENS,
+    RUN_ON_CPU,
+    CpuPlatform,
+    native_bf16,
+)
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts, read_json
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
@@ -104,10 +110,25 @@ def fill_in_platform(server_args: Any) -> None:
         sleep_on_idle=not attention_dp(args),
         device=current_platform.device_type,
         disable_cuda_graph=True,
-        attention_backend=args.attention_backend or ATTENTION_BACKEND,
+        **cpu_attention(args),
         max_total_tokens=args.max_total_tokens or KV_TOKENS,
         dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
     )
+
+
+def cpu_attention(args: Any) -> dict[str, str]:
+    """The attention backends of the CPU platform: ours where the user names none, or one that needs a device.
+
+    Commands in documentation name such a one, and all give the same answers: as the host does elsewhere, it goes on.
+    """
+    chosen = {} if args.attention_backend else {"attention_backend": ATTENTION_BACKEND}
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        asked = getattr(args, field)
+        if asked in ATTENTION_BACKENDS and asked not in RUN_ON_CPU:
+            flag = field.replace("_", "-")
+            logger.warning("--%s %s needs an accelerator; here it is %s", flag, asked, ATTENTION_BACKEND)
+            chosen[field] = ATTENTION_BACKEND
+    return chosen
 
 
 def cpu_dtype(model_path: str, revision: str | None) -> str:
@@ -187,8 +208,7 @@ def checkpoint_flag(args: Any) -> str:
 def decode_config(config: Any, facts: CheckpointFacts) -> DecodeConfig:
     """How the server decodes unless a request says otherwise, from the host's DllmConfig."""
     defaults = DecodeConfig.defaults(config.block_size, algorithm_of_flag(config.algorithm), indel=facts.indel)
-    where = "--dllm-algorithm-config"
-    return defaults.replaced(without_host_keys(config.algorithm_config, facts.block_size, where), where)
+    return defaults.replaced(config.algorithm_config, "--dllm-algorithm-config")
 
 
 def is_ours(server_args: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What users send and the host would drop, or stumble over, is refused with a sentence, and the server goes on.
+"""What users send and the host would drop, or stumble over, is taken or refused with a sentence; the server goes on.
 
 Hooks of the host's functions around its HTTP side, Engine and weight updates. Whatever a generate request asks for
 beyond that is decided in host/admission.py. Requests and weights of other models pass here too: what is refused of
@@ -9,14 +9,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 import msgspec
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.arguments import is_ours
+
+NO_SCORES = (
+    "scores, ranks and decisions are not supported: they need the log-probability of what would come next, and LLaDA2 "
+    "decides the tokens of a block together"
+)
+NO_EMBEDDINGS = "embeddings, classes and rewards are not supported: LLaDA2 generates text; see /generate and /v1"
+
+
+@dataclass
+class OpenGenerateReqInput(GenerateReqInput):
+    """The host's request, which may ask for a trace as in the host's API to come."""
+
+    return_step_maps: bool = field(default=False, kw_only=True)
 
 
 def refuse_dropped(why: str | None, serving: Any, request: Any) -> str | None:
@@ -38,6 +53,8 @@ def check_sampling(request: Any) -> None:
     Raises:
         ValueError: one of them is unknown, or not what its annotation says, or a stop_regex is none.
     """
+    if request.return_step_maps:
+        request.sampling_params = with_step_maps(request.sampling_params, request.return_step_maps)
     given = request.sampling_params or {}
     for params in given if isinstance(given, list) else [given]:
         for name, value in params.items():
@@ -52,6 +69,41 @@ def check_sampling(request: Any) -> None:
                         re.compile(pattern)
             except (msgspec.ValidationError, re.error) as error:
                 raise ValueError(f"{name} is {value!r}: {error}") from None
+
+
+def with_step_maps(sampling_params: Any, wanted: Any) -> Any:
+    """Sampling parameters of one or of several requests that ask for step maps, too."""
+    if isinstance(sampling_params, list):
+        return [with_step_maps(each, wanted) for each in sampling_params]
+    given = sampling_params or {}
+    return {**given, "custom_params": {**(given.get("custom_params") or {}), "return_step_maps": wanted}}
+
+
+def take_step_maps(
+    generate: Callable[..., Any],
+    engine: Any,
+    prompt: Any = None,
+    sampling_params: Any = None,
+    *args: Any,
+    return_step_maps: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Around the host's Engine.generate, which does not know return_step_maps yet."""
+    if return_step_maps:
+        sampling_params = with_step_maps(sampling_params, return_step_maps)
+    return generate(engine, prompt, sampling_params, *args, **kwargs)
+
+
+def refuse_scores(manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Before the host scores prompts, which every score, rank and decision comes to."""
+    if is_ours(manager.server_args):
+        raise ValueError(NO_SCORES)
+
+
+def refuse_embeddings(manager: Any, request: Any, *args: Any) -> None:
+    """Before the host looks at a tokenized request; it would say to start it with --is-embedding."""
+    if isinstance(request, EmbeddingReqInput) and is_ours(manager.server_args):
+        raise ValueError(NO_EMBEDDINGS)
 
 
 def refuse_tensors(

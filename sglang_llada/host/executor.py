@@ -28,7 +28,7 @@ from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind, most_rows
 from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import STAYS, decide, idle, number, pack
+from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of, row_budget
@@ -183,11 +183,12 @@ class Decider:
         shape: dict[str, Any] = {"block_size": self.block_size, "tokens": self.tokens}
         return decide(hidden, ids, table, count, head=head, exchange=exchange, **shape, **options)
 
-    def report(self, hidden: Tensor, groups: list[Group], ids: Tensor, origin: Tensor) -> Tensor | None:
-        """As report(); None if nobody wants one."""
+    def report(self, hidden: Tensor, groups: list[Group], rows: Rows, ids: Tensor, origin: Tensor) -> Tensor | None:
+        """As report(), of the rows of a forward; None if nobody wants one."""
         if all(group.report is None for group in groups):
             return None
-        return report(hidden, groups, ids, origin, self.model.head, self.tokens.mask, self.model.exchange)
+        lowered = repeated(rows.ids, rows.table, self.block_size)
+        return report(hidden, groups, ids, origin, self.model.head, self.tokens.mask, self.model.exchange, lowered)
 
 
 class Executor:
@@ -251,7 +252,7 @@ class Executor:
         if groups:
             blocks, unmoved = self._rows_of(batch).ids.view(-1, T), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
-            reports = self.decide.report(hidden, groups, *after)
+            reports = self.decide.report(hidden, groups, self._rows_of(batch), *after)
         return InFlight(
             plan=plan,
             deciding=deciding,

@@ -19,6 +19,7 @@ ATTENTION_BACKEND = "llada_rows"
 # Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
 # ENCODER_ONLY layers, and leave writing to the model where it asks for that.
 ATTENTION_BACKENDS = ("flashinfer", "triton", "torch_native", ATTENTION_BACKEND)
+RUN_ON_CPU = ("triton", "torch_native", ATTENTION_BACKEND)  # Triton's in its interpreter
 KV_TOKENS = 262_144  # where the user gives no --max-total-tokens: memory is shared with everything else on the machine
 
 

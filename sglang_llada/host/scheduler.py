@@ -286,7 +286,7 @@ class LladaScheduler(Scheduler):
 
     def validate_dllm_request(self, req: Any) -> str | None:
         """The host's door: the sentence that refuses the request, or None."""
-        return why_refused(req, self.defaults, self.model_config.vocab_size)
+        return why_refused(req, self.defaults, self.model_config.vocab_size, self.facts)
 
     def _admit_waiting(self) -> None:
         """Stage: let waiting requests in, in the order of the host's policy, as far as KV and request slots go."""

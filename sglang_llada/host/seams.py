@@ -73,6 +73,15 @@ ROW_PLANS = "the host has a batch whose rows may be several blocks of one reques
 CPU_ENGINE = "the released wheel has the host's CPU kernels"
 NO_PLAN = "the host has attention of diffusion rows that needs no plan"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
+STEP_MAPS_API = "the host takes return_step_maps"
+ENGINE_GENERATE = (
+    "(self, prompt, sampling_params, input_ids, image_data, audio_data, video_data, mm_hashes, "
+    "mm_content_hashes, return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, "
+    "lora_path, custom_logit_processor, require_reasoning, return_hidden_states, return_routed_experts, "
+    "routed_experts_start_len, stream, bootstrap_host, bootstrap_port, bootstrap_room, routed_dp_rank, "
+    "disagg_prefill_dp_rank, kv_hints, data_parallel_rank, external_trace_header, rid, session_params, "
+    "priority, session_id, *, cache_salt)"
+)
 
 
 def fields(owner: str, names: str, why: str, until: str) -> Iterator[Seam]:
@@ -132,6 +141,29 @@ SEAMS: tuple[Seam, ...] = (
          "refuses what the host drops", "the host refuses or honours best_of and suffix"),
     Seam("sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments", Kind.HOOK, "(self)",
          "refuses parameters of the wrong kind", "the host checks the kinds of sampling parameters"),
+    Seam("sglang.srt.managers.io_struct:GenerateReqInput", Kind.REPLACE, CLASS,
+         "takes return_step_maps", STEP_MAPS_API),
+    Seam("sglang.srt.entrypoints.engine:Engine.generate", Kind.HOOK, ENGINE_GENERATE,
+         "takes return_step_maps", STEP_MAPS_API),
+    Seam("sglang.srt.entrypoints.engine:Engine.async_generate", Kind.HOOK, f"async {ENGINE_GENERATE}",
+         "takes return_step_maps", STEP_MAPS_API),
+    Seam("sglang.srt.managers.io_struct:EmbeddingReqInput", Kind.USE, CLASS,
+         "refused", OWN_MODEL),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+         Kind.HOOK, "(self, obj, input_ids)",
+         "refuses embeddings", OWN_MODEL),
+    Seam("sglang.srt.managers.tokenizer_manager_score_mixin:TokenizerManagerScoreMixin.score_request",
+         Kind.HOOK, "async (self, query, items, label_token_ids, apply_softmax, item_first, embed_override_token_id, "
+         "query_embed_overrides, item_embed_overrides, stacked_query_item_embed_overrides, request, "
+         "return_pooled_hidden_states, score_extraction_token_id, temperature, return_token_logprobs, image_data)",
+         "refuses scores", "the host refuses scores of models that are not causal"),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.init_tokenizer_and_processor", Kind.HOOK, "(self)",
+         "gives the model's own tokens names that nobody writes", "the host encodes what users write as text"),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.tokenizer", Kind.USE, VALUE,
+         "gives the model's own tokens names that nobody writes", "the host encodes what users write as text"),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
+         Kind.HOOK, "(self, meta_info, state, customized_info, index, finish_reason)",
+         "puts numbers of a request where the host appends lists", OWN_SCHEDULER),
     Seam("sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater.update_weights_from_tensor",
          Kind.HOOK, "(self, named_tensors, load_format)",
          "names tensors that do not fit", "the host goes on after a load that fails"),

@@ -9,27 +9,20 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.host.executor import Note
-
-FORWARD_COUNTS = "dllm_forward_counts"
-STEPS = "dllm_steps"
-NFE = "dllm_nfe"
-STEP_MAPS = "step_maps"
-CONFIDENCES = "dllm_confidences"
-SNAPSHOTS = "dllm_snapshots"
+from sglang_llada.host.meta_info import CONFIDENCES, FORWARD_COUNTS, NFE, SNAPSHOTS, STEP_MAPS, STEPS
 
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
-    """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer, in order; and with the last
-    output `meta_info["dllm_steps"]` and `meta_info["dllm_nfe"]`, each a list of one number: the decode steps, fewer
-    than the blocks' sum where several were live at once, and the forwards that the request took part in at all.
+    """Adds `meta_info["dllm_forward_counts"]`: decode steps of each block of the answer that is done, in order; and the
+    numbers `meta_info["dllm_steps"]` and `meta_info["dllm_nfe"]`: the decode steps, fewer than the blocks' sum where
+    several were live at once, and the forwards that the request took part in at all. They are what they are so far.
 
     Requests that ask for a trace get `meta_info["step_maps"]`, the 1-based step of its block in which each returned
     token was decided or last edited, and `meta_info["dllm_confidences"]`, its probability in that step. Requests with
     stream_mode "denoise" get `meta_info["dllm_snapshots"]`: for each step its number, how many tokens were committed
     after it, and the tokens that stood behind those, null where open.
 
-    The host's tokenizer process appends what each output brings, so a block is reported once, when it is decided or
-    the request ends.
+    Of what belongs to tokens and steps each output brings what is new, which the host's tokenizer process appends.
     """
 
     has_additional_customized_info: ClassVar[bool] = True
@@ -54,9 +47,11 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
         if self.snapshots:
             traces[SNAPSHOTS] = [self.snapshots.pop(req.rid, []) for req in reqs]
         return traces | {
-            FORWARD_COUNTS: [[] if r is None else r.report_steps(ended=ended) for r, ended in known],
-            STEPS: [[] if r is None or not ended else [r.steps] for r, ended in known],
-            NFE: [[] if r is None or not ended else [r.forwards] for r, ended in known],
+            FORWARD_COUNTS: [
+                [] if r is None else r.steps_of_blocks if ended else r.steps_per_block for r, ended in known
+            ],
+            STEPS: [0 if r is None else r.steps for r, _ in known],
+            NFE: [0 if r is None else r.forwards for r, _ in known],
         }
 
 

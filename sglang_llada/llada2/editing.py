@@ -83,6 +83,7 @@ def generate_as(
     if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None and wishes is None:
         return generate(model, prompt_ids, max_new_tokens, mask_id=facts.mask_id, stop_ids=facts.stop_ids, **values)
     window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids, "wishes": wishes}
+    window["penalty_lambda"] = values.pop("penalty_lambda", 0.0)
     if params.sampling is not None:
         window |= {"sampling": params.sampling, "mask_id": facts.mask_id}
     window["whole_blocks"] = params.edits or not values.pop("early_exit")
@@ -115,10 +116,12 @@ def generate_blocks(
     sampling: Sampling | None = None,
     mask_id: int = -1,
     wishes: Wishes | None = None,
+    penalty_lambda: float = 0.0,
 ) -> Generation:
     """Decode with a window of live blocks, all of which see one another's tokens as they stand.
 
-    With `wishes` logits change first, where a token may change.
+    The token that stands to the left of a position in its block, the mask included, has a logit lower by
+    `penalty_lambda` there. With `wishes` logits change next, where a token may change.
     With `sampling` the first candidate is drawn wherever a token may change, and the best ones follow it.
 
     Each step is one for every live block that is not done, and edits for those that are. Then, in this order:
@@ -139,6 +142,9 @@ def generate_blocks(
     while max_new_tokens:
         logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
         out.forwards += 1
+        for i, block in enumerate(live if penalty_lambda else []):
+            for at in range(1, size):
+                logits[i * size + at, block.ids[at - 1]] -= penalty_lambda
         if wishes is not None:
             stands = [None if hole else t for block in live for t, hole in zip(block.ids, block.open, strict=True)]
             first = max(len(prompt_ids) - len(gone), 0)

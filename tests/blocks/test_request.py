@@ -173,14 +173,13 @@ def test_a_common_prefix_is_whole_blocks(mine: list[int], theirs: list[int], com
     assert a.common_prefix(b) == b.common_prefix(a) == common
 
 
-def test_steps_are_reported_once_per_block() -> None:
+def test_steps_are_counted_per_block() -> None:
     request = in_phase(Phase.DECODING)
-    assert request.report_steps(ended=False) == []
+    assert request.steps_per_block == []
     decide(request, 8, 9)
-    assert request.report_steps(ended=False) == [1]
+    assert request.steps_per_block == [1]
     decide(request, 8, 9, 8, EOS)
-    assert request.report_steps(ended=True) == [1]
-    assert request.report_steps(ended=True) == []
+    assert (request.steps_per_block, request.steps_of_blocks) == ([1], [1, 1])
 
 
 @pytest.mark.parametrize(

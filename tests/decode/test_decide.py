@@ -11,8 +11,8 @@ import torch
 from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.decide import CODES, decide, fresh, idle, number, numbers, pack, record, unpack
-from sglang_llada.decode.select import Head, best, select
+from sglang_llada.decode.decide import CODES, decide, fresh, idle, number, numbers, pack, record, repeated, unpack
+from sglang_llada.decode.select import Head, best
 from tests.sets import set_of
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
@@ -38,8 +38,10 @@ def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int
     rows = []
     names = [name for name, each in ALGORITHMS.items() if tokens.indel or not each.indel]
     for _ in range(count):
-        params = params_of(rng.choice(names), tokens)
+        name = rng.choice(names)
+        params = params_of(name, tokens)
         params = replace(params, threshold=rng.choice([0.05, 0.3, 0.95]), steps=rng.randint(1, T))
+        params = replace(params, penalty_lambda=rng.choice([0.0, 3.0]) if name == "joint_threshold" else 0.0)
         is_open = rng.randrange(1 << T)
         editable = rng.randrange(1 << T) & ~is_open if params.edits else 0
         made = rng.randint(0, T - 1)
@@ -51,7 +53,7 @@ def random_rows(rng: random.Random, count: int, tokens: Tokens) -> list[list[int
 @pytest.mark.parametrize("tokens", [PLAIN, INDEL])
 def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     params = replace(DecodeConfig.defaults(T, "joint_threshold"), threshold=0.123456789, steps=4)
-    params = replace(params, cumulative_budget=True)
+    params = replace(params, cumulative_budget=True, penalty_lambda=0.3)
     is_open, editable = [True, False, True, False, False, True], [False, False, False, True, False, False]
     memory = list(range(levenshtein.memory_size(T))) if tokens.indel else []
     mine = record(set_of(is_open), set_of(editable), numbers(params), [3, 2, *memory])
@@ -68,6 +70,9 @@ def test_a_record_comes_back_as_it_was(tokens: Tokens) -> None:
     assert given.edit_threshold.tolist() == [0.5, 1.0]
     assert given.threshold.dtype == torch.float32
     assert given.threshold[0] == torch.tensor(0.123456789)
+    lowered = repeated(torch.arange(2 * T), table, T)
+    assert lowered.by.tolist() == [0.0, *torch.full((T - 1,), 0.3).tolist(), *[0.0] * T]
+    assert lowered.token[1:].tolist() == list(range(2 * T - 1))
     prob = torch.full((2, T), 0.25)
     out = StepOut(block.ids, block.open, state, torch.tensor([True, False]), block.open, prob, block.ids)
     short = [*range(6), set_of(is_open), 3, 2, *memory, 1]
@@ -86,7 +91,11 @@ def test_decisions_are_those_of_the_step_on_full_scores(seed: int, tokens: Token
     hidden, head = torch.randn(7 * T, WIDTH), Head(torch.randn(V, WIDTH))
     ids = torch.randint(0, V, (7 * T,))
     block, state, params, algorithm = unpack(ids, torch.tensor(rows), T, tokens)
-    found, several = select(hidden, head, MASK), best(hidden @ head.weight.T, -1, levenshtein.CANDIDATES)
+    logits = hidden @ head.weight.T
+    for r, row in enumerate(rows):  # a penalty for the token to the left, in the block
+        for at in range(r * T + 1, (r + 1) * T):
+            logits[at, ids[at - 1]] -= number(row[-1])
+    found, several = best(logits, MASK), best(logits, -1, levenshtein.CANDIDATES)
     scores = Scores(
         found.token.view(-1, T), found.prob.view(-1, T), several.token.view(-1, T, 5), several.prob.view(-1, T, 5)
     )

@@ -41,6 +41,7 @@ if INTERPRETED:
         how = {"threshold": rng.choice([0.05, 0.1, 0.95]), "steps": rng.randint(1, T)}
         if params.edits:
             how |= {"edit_threshold": rng.choice([0.05, 0.3]), "max_post_edit_steps": rng.randint(0, 3)}
+            how["penalty_lambda"] = rng.choice([0.0, 0.5, 3.0])
         params = replace(params, **how)
         is_open = rng.choice([0, (1 << T) - 1, rng.randrange(1 << T), rng.randrange(1 << T) & rng.randrange(1 << T)])
         state = [rng.randint(0, T - 1), rng.randint(0, 3)]
@@ -147,7 +148,8 @@ else:
 
     KERNELS = {
         decide_triton.gather_kernel: (
-            {"hidden": "*bf16", "table": "*i64", "gathered": "*bf16", "number": "*i32"},
+            {"hidden": "*bf16", "ids": "*i64", "table": "*i64", "gathered": "*bf16", "number": "*i32"}
+            | {"less": "*i64", "by": "*fp32"},
             ["stride", "count"],
             {"HIDDEN": 2048},
         ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode import select as selection
-from sglang_llada.decode.select import Best, Head, Partial, best, select
+from sglang_llada.decode.select import Best, Head, Lowered, Partial, best, select
 
 MASK = 3
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,34 @@ def test_of_equal_logits_the_lowest_id_wins_over_chunks_and_shards(count: int) -
     assert select(hidden, Head(weight), MASK, count).token.tolist() == [want] * 5
     out = select(hidden, heads[1], MASK, count, exchange_of(hidden, heads, count))
     assert out.token.tolist() == [want] * 5
+
+
+def lowered_for(positions: int, vocabulary: int) -> Lowered:
+    """A penalty for a token of each position: for the best one of some, for one that does not exist of others."""
+    return Lowered(torch.randint(-1, vocabulary + 1, (positions,)), torch.randint(0, 17, (positions,)) / 4)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("count", [1, 3])
+def test_lowered_logits_are_lowered_before_all_else(count: int) -> None:
+    torch.manual_seed(count)
+    hidden, weight, lowered = exact(200, 8), exact(50, 8), lowered_for(200, 50)
+    logits = hidden @ weight.T
+    for position, (token, by) in enumerate(zip(lowered.token.tolist(), lowered.by.tolist(), strict=True)):
+        if 0 <= token < 50:
+            logits[position, token] -= by
+    want, plain = by_sorting(logits, MASK, count), select(hidden, Head(weight), MASK, count)
+    heads = shards(weight, [11, 20, 19])
+    everyone = [selection.reduce(hidden, head, MASK, count, lowered=lowered).pack() for head in heads]
+    for out in (
+        select(hidden, Head(weight), MASK, count, lowered=lowered),
+        select(hidden, heads[1], MASK, count, lambda mine: everyone, lowered=lowered),
+    ):
+        assert torch.equal(out.token, want.token)
+        torch.testing.assert_close(out.prob, want.prob, rtol=1e-6, atol=0)
+    assert not torch.equal(plain.token, want.token)
+    nothing = Lowered(lowered.token, torch.zeros(200))
+    assert torch.equal(select(hidden, Head(weight), MASK, count, lowered=nothing).prob, plain.prob)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode import select as selection
-from sglang_llada.decode.select import Best, Head, Partial
+from sglang_llada.decode.select import Best, Head, Lowered, Partial
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, occupancy, run_interpreted
 
 MASK = 3
@@ -19,10 +19,10 @@ if INTERPRETED:
     from sglang_llada.decode import select_triton
     from sglang_llada.decode.select_triton import Form
 
-    def agree(hidden: Tensor, head: Head, count: int) -> Best:
+    def agree(hidden: Tensor, head: Head, count: int, lowered: Lowered | None = None) -> Best:
         """The kernels' answer, once it is known to be torch's."""
-        want = selection.select(hidden, head, MASK, count)
-        out = select_triton.select(hidden, head, MASK, count, None, None)
+        want = selection.select(hidden, head, MASK, count, lowered=lowered)
+        out = select_triton.select(hidden, head, MASK, count, None, None, lowered)
         sure = want.prob > 0  # of candidates that are not there any id will do
         assert torch.equal(out.token.where(sure, -1), want.token.where(sure, -1))
         torch.testing.assert_close(out.prob, want.prob, rtol=1e-6, atol=0)
@@ -61,6 +61,14 @@ if INTERPRETED:
         out = agree(torch.eye(16)[:2], Head(weight, first=0), count)
         assert out.token[0].tolist() == [130, 131, 400, 699, 0][:count]
         assert out.token[1].tolist() == [0, 1, 2, 4, 5][:count]
+
+    @pytest.mark.parametrize("first", [0, 1000])
+    def test_lowered_logits(first: int) -> None:
+        hidden, head = exact(130, 16), Head(exact(200, 16), first)
+        plain = agree(hidden, head, 2)
+        tokens = torch.randint(first - 1, first + 201, (130,)).where(torch.arange(130) % 3 > 0, plain.token[:, 0])
+        out = agree(hidden, head, 2, Lowered(tokens, torch.randint(0, 17, (130,)) / 4))
+        assert not torch.equal(out.token, plain.token)
 
     def test_a_shard_names_its_own_ids_and_may_hold_no_mask() -> None:
         assert agree(exact(5, 16), Head(exact(300, 16), first=1000), 2).token.min() >= 1000
@@ -145,9 +153,9 @@ else:
         }
         used = compiled(
             kernels.kernel,
-            kinds | {"records": "*fp32", "wanted": "*i64"},
+            kinds | {"records": "*fp32", "wanted": "*i64", "less": "*i64", "by": "*fp32"},
             ["positions", "vocabulary", "first", "mask_id"],
-            kernels.constants(form, 2048, 1) | {"BOUNDED": True, "BY_TILE": by_tile, "UPCAST": False},
+            kernels.constants(form, 2048, 1) | {"BOUNDED": True, "LOWERED": True, "BY_TILE": by_tile, "UPCAST": False},
             arch,
             tmp_path,
             num_warps=form.warps,

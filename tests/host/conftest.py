@@ -53,7 +53,7 @@ def compare(cases: list[Case], answers: list[dict[str, Any]], how: str, most_clo
             answer["output_ids"] == case.want.token_ids
             and meta["finish_reason"]["type"] == case.want.finish
             and meta["completion_tokens"] == len(case.want.token_ids)
-            and (meta["num_retractions"] > 0 or meta["dllm_steps"] == [case.want.forwards])
+            and (meta["num_retractions"] > 0 or meta["dllm_steps"] == case.want.forwards)
         )
         if not same:
             wrong.append((len(case.prompt), answer["output_ids"], case.want.token_ids))

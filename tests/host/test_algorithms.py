@@ -97,6 +97,12 @@ def test_requests_that_go_round_in_circles_end_within_their_bound_and_disturb_no
     server.flush()
     replies = send_all(server.stream, asked, 16)
     compare([each.case for each in asked], replies, "without an end, 16 at once, mixed", most_close=0.4)
+    repetitive = [each.case for each in asked if each.way == "repetitions"][:5]
+    free = {**WAYS["repetitions"], "penalty_lambda": 0}
+    others = answers([Question(case.prompt, LONG_TOKENS, free, ignore_eos=True) for case in repetitive])
+    changed = sum(a.want.token_ids != b.want.token_ids for a, b in zip(repetitive, others, strict=True))
+    print(f"the penalty for repetitions changed {changed} of {len(repetitive)} answers")
+    assert changed > 0
     retracted = sum(reply["meta_info"]["num_retractions"] > 0 for reply in replies)
     longest = dict.fromkeys([*WAYS, *RESTLESS], 0)
     for each, got in zip(asked, replies, strict=True):
@@ -179,7 +185,7 @@ def test_penalties_bias_and_early_ends_are_the_references(
 def test_log_probabilities_are_the_references(server: Server, prompts: list[list[int]], facts: CheckpointFacts) -> None:
     """Of each token in the step that decided it; the largest ones and those of named ids come from the same step."""
     worst, count, exact = 0.0, 0, 0
-    for way in PLAIN:
+    for way in (*PLAIN, "repetitions"):
         for each in ask(way, prompts[:25]):
             if each.case.close_call:
                 continue

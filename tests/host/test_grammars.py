@@ -45,7 +45,7 @@ def test_a_thousand_answers_conform_to_their_grammars(server: Server) -> None:
         assert meta["finish_reason"]["type"] == "stop", (grammar.name, number, answer["text"])
         assert grammar.conforms(answer["text"]), (grammar.name, number, answer["text"])
         tokens[grammar.name] += meta["completion_tokens"]
-        steps[grammar.name] += meta["dllm_steps"][0]
+        steps[grammar.name] += meta["dllm_steps"]
     print(f"{len(asked)} requests over {len(GRAMMARS)} grammars: all conform, ends {dict(ends)}")
     print("tokens per forward: " + ", ".join(f"{name} {tokens[name] / steps[name]:.1f}" for name in tokens))
     assert sum(tokens.values()) > sum(steps.values()), "nothing was decided in parallel"

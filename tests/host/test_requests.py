@@ -184,7 +184,7 @@ def test_snapshots_show_each_step_and_leave_the_text_alone(server: Server, facts
     assert seen[-1]["text"] == plain["text"] and seen[-1]["output_ids"] == plain["output_ids"]
     snapshots = seen[-1]["meta_info"]["dllm_snapshots"]
     assert [each["step"] for each in snapshots] == list(range(1, len(snapshots) + 1))
-    assert [len(snapshots)] == seen[-1]["meta_info"]["dllm_steps"]
+    assert len(snapshots) == seen[-1]["meta_info"]["dllm_steps"]
     assert len(seen) > len(snapshots) / 2, "they come while the block is decided"
     for each in snapshots[:-1]:
         standing = each["token_ids"]
@@ -211,7 +211,7 @@ def test_metrics_count_steps_rows_and_what_is_returned(server: Server) -> None:
     before = counted()
     got = count(server, ignore_eos=True, stop="19", custom_params={"threshold": 0.5})["meta_info"]
     after = counted()
-    forwards, blocks = got["dllm_nfe"][0], got["dllm_forward_counts"]
+    forwards, blocks = got["dllm_nfe"], got["dllm_forward_counts"]
     assert {name: pytest.approx(after[name] - before[name]) for name in after} == {
         "steps_total": forwards,
         "tokens_per_forward_count": 1,
@@ -219,7 +219,7 @@ def test_metrics_count_steps_rows_and_what_is_returned(server: Server) -> None:
         "forwards_per_block_count": len(blocks),
         "forwards_per_block_sum": sum(blocks),
         "fill": 0,
-        "denoise": got["dllm_steps"][0],
+        "denoise": got["dllm_steps"],
         "seal": len(blocks) - 1,
         "tokens": got["completion_tokens"],
     }

@@ -148,7 +148,7 @@ def test_a_long_prompt_takes_one_forward_up_to_its_first_decode_step(server: Ser
     server.flush()
     meta = server.generate(long_prompt, 1, custom_params={"threshold": 0.0})["meta_info"]
     assert meta["cached_tokens"] == 0
-    assert meta["dllm_nfe"] == [1]
+    assert meta["dllm_nfe"] == 1
 
 
 def test_prompts_that_arrive_delay_no_running_request_by_a_step(server: Server, long_prompt: list[int]) -> None:
@@ -164,7 +164,7 @@ def test_prompts_that_arrive_delay_no_running_request_by_a_step(server: Server, 
         metas = [each.result()["meta_info"] for each in decoding]
         assert all(each.result()["meta_info"]["completion_tokens"] == 4 for each in filling)
     for meta in metas:
-        assert meta["dllm_nfe"] == meta["dllm_steps"] == [sum(meta["dllm_forward_counts"])], "every forward decided"
+        assert meta["dllm_nfe"] == meta["dllm_steps"] == sum(meta["dllm_forward_counts"]), "every forward decided"
 
 
 # --- the prefix cache -------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {  # custom_params
     "mbe": {"algorithm": "mbe", "mode": "speed"},
     "rash mbe": {**RASH, "algorithm": "mbe", "window": 3},
     "live blocks of mbe": {"algorithm": "mbe", "threshold": 0.9, "live_blocks": 2, "next_block_share": 1.0},
+    "repetitions": {**RASH, "algorithm": "mbe", "max_post_edit_steps": 2, "penalty_lambda": 30.0},
     "edits on the way": {"algorithm": "mbe", "threshold": 0.5, "edit_threshold": 0.0, "max_post_edit_steps": 0},
     "levenshtein": {},
     "rash levenshtein": {"threshold": 0.0, "max_post_edit_steps": 40, "cumulative_budget": True},
@@ -43,6 +44,7 @@ SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sampling parame
     "cut": ({"temperature": 5.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"algorithm": "threshold", "steps": 4}),
     "edits": (WARM, {**RASH, "max_post_edit_steps": 3}),
     "levenshtein": (WARM, {"threshold": 0.0, "max_post_edit_steps": 3}),
+    "repetitions": (WARM, {**RASH, "max_post_edit_steps": 3, "penalty_lambda": 2.0}),
     "live blocks": (WARM, {**WAYS["rash mbe"], "live_blocks": 2, "max_post_edit_steps": 3}),
 }
 # Edits whatever it has just drawn, for as long as it may.
@@ -61,6 +63,11 @@ SHAPED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"repetition_penalty": 0.8, "frequency_penalty": 0.6, "presence_penalty": -0.5, "min_new_tokens": 9},
         {"repetition": 0.8, "frequency": 0.6, "presence": -0.5, "min_new_tokens": 9},
         {**RASH, "max_post_edit_steps": 3},
+    ),
+    "repetitions": (
+        {"presence_penalty": 2.0},
+        {"presence": 2.0},
+        {**RASH, "max_post_edit_steps": 3, "penalty_lambda": 20.0},
     ),
     "sampled": (
         {**WARM, "presence_penalty": 1.0, "sampling_seed": 5},
