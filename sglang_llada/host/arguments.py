@@ -36,6 +36,7 @@ from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
 
 STOCK_FLAG = "LowConfidence"
+OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and loaders of their own
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -142,6 +143,27 @@ def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, 
     if ARCHITECTURE in (model_config.hf_config.architectures or []):
         return {"temperature": 0.0, **defaults}
     return defaults
+
+
+def settle_quantisation(verify: Callable[[Any], None], model_config: Any) -> None:
+    """Around the host's look at how a model is quantised: what cannot be served is one sentence, not a traceback."""
+    from sglang.srt.layers import quantization
+    from sglang.srt.platforms import current_platform
+
+    if isinstance(current_platform, CpuPlatform):  # where the host lists some methods for its own CPU engine only
+        for method, config in quantization.CPU_QUANTIZATION_METHODS.items():
+            quantization.QUANTIZATION_METHODS.setdefault(method, config)
+    if ARCHITECTURE not in (model_config.hf_config.architectures or []):
+        return verify(model_config)
+    try:
+        verify(model_config)
+        if model_config.quantization in OTHER_LOADERS:
+            raise ValueError(
+                f"quantization is {model_config.quantization!r}, whose loader asks for models made for it; allowed are "
+                f"the host's other methods: {', '.join(quantization.QUANTIZATION_METHODS.keys() - OTHER_LOADERS)}"
+            )
+    except ValueError as error:
+        raise SystemExit(f"sglang-llada: {error}") from None
 
 
 def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:
