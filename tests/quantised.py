@@ -1,7 +1,8 @@
 """Checkpoints quantised as the tools that publish them do: names, shapes and number formats of each.
 
 `quantise(folder, how)` rewrites a plain checkpoint in place, and gives the weights that it stands for afterwards. Every
-matrix of every layer is quantised, but for the routers'; embeddings, head and norms stay as they are. `padded(folder)`
+matrix of every layer is quantised, but for the routers' and the first layer's MLP, which each config leaves out by the
+published names; embeddings, head and norms stay as they are. `padded(folder)`
 first makes one of the trained small checkpoint whose matrices are large enough for every kernel of the host.
 
 Layouts: block FP8 as DeepSeek published it; compressed-tensors as llm-compressor saves it; ModelOpt's unified export;
@@ -27,7 +28,7 @@ BLOCK, GROUP, FP4_GROUP = 64, 64, 16
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight columns each four bits hold, from the lowest
 
 Parts = dict[str, Tensor]
-IGNORED = ["lm_head", "re:.*mlp.gate$"]
+DENSE = [f"model.layers.0.mlp.{matrix}_proj" for matrix in ("gate", "up", "down")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +126,13 @@ def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any]) -> di
         "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": IGNORED,
+        "ignore": ["lm_head", "re:.*mlp.gate$", *DENSE],
     }
 
 
 def modelopt(algorithm: str, **more: Any) -> dict[str, Any]:
     """A hf_quant_config.json."""
-    excluded = ["lm_head", "model.layers.*.mlp.gate"]
+    excluded = ["lm_head", "model.layers.*.mlp.gate", "model.layers.0.mlp*"]
     quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded}
     return {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": quantization | more}
 
@@ -141,7 +142,7 @@ FORMATS = {
     "block FP8": Format(
         fp8_block,
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
-        | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate"]},
+        | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate", *DENSE]},
     ),
     "compressed-tensors FP8": Format(
         fp8_channel,
@@ -159,12 +160,12 @@ FORMATS = {
     "GPTQ": Format(
         gptq,
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}
-        | {"checkpoint_format": "gptq"},
+        | {"checkpoint_format": "gptq", "dynamic": {r"-:model\.layers\.0\.mlp\..*": {}}},
     ),
     "AWQ": Format(
         awq,
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-        | {"modules_to_not_convert": None},
+        | {"modules_to_not_convert": ["model.layers.0.mlp"]},
     ),
 }
 
@@ -210,9 +211,10 @@ def quantise(folder: Path, how: str) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if weight.dim() != 2 or not name.startswith("model.layers.") or ".mlp.gate." in name:
-            plain = weight if weight.dim() == 1 or ".mlp.gate." in name else weight.bfloat16()
-            stored[name], meant[name] = plain, plain.float()
+        plain = not name.startswith("model.layers.") or ".mlp.gate." in name or name.removesuffix(".weight") in DENSE
+        if weight.dim() == 1 or plain:
+            stored[name] = weight if weight.dim() == 1 or ".mlp.gate." in name else weight.bfloat16()
+            meant[name] = stored[name].float()
             continue
         fused = [name.replace(old, new) for old, new in (("gate_proj", "up_proj"), ("up_proj", "gate_proj"))]
         largest = torch.stack([weights[each].abs().max() for each in (name, *fused)]).max()

@@ -113,8 +113,17 @@ def on_cpu(config: type[Any]) -> type[Any]:
     """A quantisation config of the host whose layers are run here, in any dtype."""
 
     def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
-        method = config.get_quant_method(self, layer, prefix)
-        return take_over(method, layer)
+        from sglang.srt.layers.linear import LinearBase
+        from sglang.srt.layers.moe.utils import MoeRunnerBackend
+        from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+        from sglang.srt.layers.quantization.utils import get_dynamic_override
+        from sglang.srt.runtime_context import get_flags
+
+        # GPTQ's way to leave layers out, which the host's method for its CPU engine does not read.
+        if getattr(self, "dynamic", None) and get_dynamic_override(self, layer_name=prefix) is False:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        with get_flags().moe.override(runner_backend=MoeRunnerBackend.MARLIN):  # weights only: asks for no device
+            return take_over(config.get_quant_method(self, layer, prefix), layer)
 
     members = {
         "get_quant_method": get_quant_method,

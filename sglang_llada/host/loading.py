@@ -11,6 +11,8 @@ One rule says what may be absent (`is_optional`), and one what may be left over 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +34,8 @@ from sglang_llada.llada2.weights import Ledger, as_it_is, canonical, expected
 MERGED = ("gate_proj", "up_proj")  # what gate_up_proj is made of, in this order
 STACKED = {"w13": (("gate_proj", "w1"), ("up_proj", "w3")), "w2": (("down_proj", "w2"),)}  # and the host's names
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+logger = logging.getLogger(__name__)
 
 Load = Callable[[Tensor], None]
 
@@ -79,6 +83,7 @@ def load_tensors(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     ledger.close(complete=first)
     if first:
         model.wanted = set(places)
+        report_short(copies, places)
 
 
 def places_of(model: Any) -> Iterator[tuple[str, Place]]:
@@ -120,6 +125,19 @@ def is_optional(leaf: str, param: nn.Parameter, quant_config: Any) -> bool:
     return getattr(param, "_skip_weight_check", False) or param.numel() == 0 or ("g_idx" in leaf and not ordered)
 
 
+def report_short(copies: Copies, places: dict[str, Place]) -> None:
+    """Log which parameters hold more than what came for them: some backends of the host pad theirs."""
+    came = {name: copies.filled[place.param.untyped_storage().data_ptr()] for name, place in places.items()}
+    short = [name for name, place in places.items() if 0 < came[name] < place.param.numel()]
+    if short:
+        param = places[short[0]].param
+        logger.warning(
+            "sglang-llada: the host keeps room that nothing fills in the parameters of %d tensors; "
+            "that of %s got %d of %d numbers",
+            *(len(short), short[0], came[short[0]], param.numel()),
+        )
+
+
 class Copies(TorchDispatchMode):
     """Watches what the host's loaders copy into parameters: the whole of a tensor or this rank's even share of it."""
 
@@ -128,6 +146,7 @@ class Copies(TorchDispatchMode):
         self.storage = 0  # of the parameter that is loaded
         self.taken: list[int] = []  # numbers that were copied into it, copy by copy
         self.written: set[tuple[int, torch.Size]] = set()  # places that have been written to
+        self.filled: Counter[int] = Counter()  # how many numbers each parameter was given, by its address
         self.clash = False  # whether another tensor put other numbers there
 
     def of(self, name: str, tensor: Tensor, place: Place) -> Iterator[str]:
@@ -157,6 +176,7 @@ class Copies(TorchDispatchMode):
             self.taken.append(source.numel())
             where = (into.data_ptr(), into.shape)
             self.clash |= where in self.written and not torch.equal(into, source.to(into).expand_as(into))
+            self.filled[self.storage] += 0 if where in self.written else into.numel()
             self.written.add(where)
         return func(*args, **(kwargs or {}))
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ import torch
 PATIENCE = 280
 HOPPER = (9, 0)
 
-Task = Callable[[Any, Path], Any]  # of a model before its weights are loaded, and its folder
+SPLITS = ("tp", "attn_tp", "moe_tp")  # the groups of ranks that layers are split over
+
+Task = Callable[[Path], Any]
 
 
 def pretend(capability: tuple[int, int]) -> None:
@@ -42,42 +43,40 @@ def pretend(capability: tuple[int, int]) -> None:
     sys.modules["sgl_kernel.load_utils"] = kernels
 
 
-def run(task: Task, folders: list[Path], send: Any) -> None:
-    """In the process: what a task makes of the model of each folder."""
-    pretend(HOPPER)
+def run(task: Task, folders: list[Path], capability: tuple[int, int] | None, send: Any) -> None:
+    """In the process: what a task makes of each folder."""
+    if capability is not None:
+        pretend(capability)
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    results = []
-    for folder in folders:
-        with built(folder) as model:
-            results.append(task(model, folder))
-    send.send(results)
+    send.send([task(folder) for folder in folders])
 
 
-@contextmanager
-def built(folder: Path, *flags: str) -> Iterator[Any]:
-    """The model of a checkpoint in the host's layers, on the CPU and without weights."""
+def built(folder: Path, rank: int = 0, ranks: int = 1) -> Any:
+    """The model of a checkpoint, or a rank's part of it, in the host's layers, on the CPU and without weights."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
     from sglang.srt.model_loader.utils import set_default_torch_dtype
-    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
     from sglang.srt.server_args import prepare_server_args
 
-    args = prepare_server_args(["--model-path", str(folder), "--dtype", "bfloat16", *flags])
+    args = prepare_server_args(["--model-path", str(folder), "--dtype", "bfloat16"])
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    config = ModelConfig.from_server_args(args)
-    load = LoadConfig()
-    with set_default_torch_dtype(config.dtype):
-        yield _initialize_model(config, load, _get_quantization_config(config, load))
+    config, load = ModelConfig.from_server_args(args), LoadConfig()
+    group = types.SimpleNamespace(rank_in_group=rank, world_size=ranks)
+    split = {f"{of}_size": ranks for of in SPLITS} | {f"{of}_rank": rank for of in SPLITS}
+    alone = {f"{of}_group": group for of in SPLITS} if ranks > 1 else {}
+    with get_parallel().override(**split, **alone), set_default_torch_dtype(config.dtype):
+        return _initialize_model(config, load, _get_quantization_config(config, load))
 
 
-def for_a_gpu(task: Task, folders: list[Path]) -> list[Any]:
-    """What `task`, a function of a module, gives for the model of each folder."""
+def in_a_process(task: Task, folders: list[Path], capability: tuple[int, int] | None) -> list[Any]:
+    """What `task`, a function of a module, gives for each folder, where torch has such a device or none."""
     spawn = multiprocessing.get_context("spawn")
     receive, send = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=run, args=(task, folders, send), daemon=True)
+    process = spawn.Process(target=run, args=(task, folders, capability, send), daemon=True)
     process.start()
     send.close()
     try:

@@ -86,6 +86,7 @@ class Attention(nn.Module):
             num_kv_heads=self.kv_heads,
             layer_id=layer_id,
             attn_type=AttentionType.ENCODER_ONLY,
+            quant_config=quant_config,  # by which a checkpoint may bring scales of the KV cache
             prefix=add_prefix("attn", prefix),
         )
 
