@@ -152,7 +152,7 @@ class Copies(TorchDispatchMode):
     def of(self, name: str, tensor: Tensor, place: Place) -> Iterator[str]:
         """Load a tensor whose shape only its layer knows; yields what is wrong with it."""
         shape, held = list(tensor.shape), place.param
-        if (tensor.dtype in FP8 and as_it_is(held)) or (held.dtype in FP8 and as_it_is(tensor)):
+        if tensor.dtype in FP8 and as_it_is(held):  # and no scale, which would have been asked for
             yield f"{name} holds numbers of {tensor.dtype}, expected {held.dtype}"
             return
         self.storage, self.taken, self.clash = held.untyped_storage().data_ptr(), [], False
@@ -162,11 +162,12 @@ class Copies(TorchDispatchMode):
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            yield f"{name} {shape} does not fit into {list(held.shape)}: {error or type(error).__name__}"
+            yield f"{name} {shape} does not fit into {list(held.shape)}: {str(error) or type(error).__name__}"
             return
         if self.clash:
             yield f"{name} differs from the tensor that shares its place, and one of them would be lost"
-        if not fits(tensor.numel(), self.taken, place):
+        converts = kind(tensor) != kind(held)  # some methods quantise what they load, and copy something else
+        if not fits(tensor.numel(), self.taken, place, converts):
             yield f"{name} has shape {shape}, of which {sum(self.taken)} numbers would be loaded"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,10 +182,15 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fits(size: int, taken: list[int], place: Place) -> bool:
+def kind(tensor: Tensor) -> str:
+    """Of numbers: as they are, of 8 bits, or packed."""
+    return "as they are" if as_it_is(tensor) else "of 8 bits" if tensor.dtype in FP8 else "packed"
+
+
+def fits(size: int, taken: list[int], place: Place, converts: bool) -> bool:
     """Whether what was copied of a tensor of `size` numbers is all of it, or this rank's share."""
     module = place.module
-    if size == 1 or place.param.numel() == 0 or place.param.is_meta:
+    if size == 1 or place.param.numel() == 0 or converts:
         return True
     if isinstance(module, FusedMoE):  # copies of an expert are whole; those of other ranks are left to them
         if not taken:
