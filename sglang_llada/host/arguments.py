@@ -129,7 +129,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         refuse_unsupported(args)
         check_split(args, read_config(folder_of(args.model_path, args.revision)))
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
-            check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
+            # Here, so that a fault is one message and not a dead scheduler.
+            check_files(Path(args.model_path), declared=args.quantization is not None)
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.

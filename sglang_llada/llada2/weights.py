@@ -156,10 +156,13 @@ def quantisation(folder: Path) -> str | None:
     return where[0] if where else None
 
 
-def check_files(folder: Path) -> None:
-    """Raise ConfigError unless a folder's tensors are those that its config.json asks for; reads no weights."""
+def check_files(folder: Path, *, declared: bool = False) -> None:
+    """Raise ConfigError unless a folder's tensors are those that its config.json asks for; reads no weights.
+
+    What a quantised one is made of is not known here, see above; `declared` says that it is one where its files do not.
+    """
     config = read_config(folder)
-    shapes, quantised = expected(config), quantisation(folder)
+    shapes, quantised = expected(config), declared or quantisation(folder) is not None
     ledger = Ledger(shapes)
     modules = {name.rpartition(".")[0] for name in shapes}
     holders = {holder for module in modules for holder in _above(module)}
@@ -177,7 +180,7 @@ def check_files(folder: Path) -> None:
         places = ", ".join(f"{key} of config.json" for key in QUANTISATION_KEYS)
         raise ConfigError(
             f"{pieces[0]} and {len(pieces) - 1} more tensors are parts of quantised matrices, and nothing says how to "
-            f"read them; allowed: {places}, {', '.join(QUANTISATION_FILES)}"
+            f"read them; allowed: {places}, {', '.join(QUANTISATION_FILES)}, --quantization"
         )
     ledger.close()
 

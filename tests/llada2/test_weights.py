@@ -204,6 +204,7 @@ def test_headers_of_a_quantised_checkpoint_are_held_to_what_is_known(
     write(folder, tensors)
     with pytest.raises(ConfigError, match=r"and \d+ more tensors are parts of quantised matrices"):
         check_files(folder)
+    check_files(folder, declared=True)
     fields = json.loads((folder / "config.json").read_text()) if place == "config.json" else {}
     (folder / place).write_text(json.dumps(fields | {"quantization_config": {"quant_method": "new"}}))
     check_files(folder)
