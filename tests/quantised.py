@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FP8_MAX, FP4_MAX = 448.0, 6.0
+LEAST = 1e-5  # so that what is all zeros has a scale
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # by the three bits below the sign
 BLOCK, GROUP, FP4_GROUP = 64, 64, 16
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight columns each four bits hold, from the lowest
@@ -46,14 +47,14 @@ class Format:
 
 def fp8_block(weight: Tensor, _: Tensor) -> tuple[Parts, Tensor]:
     tiles = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # [rows, BLOCK, columns, BLOCK]
-    scale = tiles.abs().amax((1, 3), keepdim=True) / FP8_MAX
+    scale = tiles.abs().amax((1, 3), keepdim=True).clamp(min=LEAST) / FP8_MAX
     stored = (tiles / scale).to(torch.float8_e4m3fn)
     meant = (stored.float() * scale).flatten(2).flatten(0, 1)
     return {"weight": stored.flatten(2).flatten(0, 1), "weight_scale_inv": scale.flatten(2).flatten(0, 1)}, meant
 
 
 def fp8_channel(weight: Tensor, _: Tensor) -> tuple[Parts, Tensor]:
-    scale = weight.abs().amax(1, keepdim=True) / FP8_MAX
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=LEAST) / FP8_MAX
     stored = (weight / scale).to(torch.float8_e4m3fn)
     return {"weight": stored, "weight_scale": scale}, stored.float() * scale
 
@@ -70,7 +71,7 @@ def fp4(weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     groups = weight.unflatten(1, (-1, FP4_GROUP))  # [N, K / 16, 16]
     scale = (groups.abs().amax(2) / FP4_MAX / whole).to(torch.float8_e4m3fn)
     wide = (scale.float() * whole)[..., None]
-    code = (groups / wide).abs()[..., None].sub(FP4).abs().argmin(-1)
+    code = (groups / wide.clamp(min=LEAST)).abs()[..., None].sub(FP4).abs().argmin(-1)
     meant = (FP4[code] * groups.sign() * wide).flatten(1)
     nibbles = (code + 8 * (groups < 0)).flatten(1).to(torch.uint8)
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale, whole, meant
@@ -92,7 +93,7 @@ def int4(weight: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Te
     """Numbers 0 to 15 [K, N], zero points and fp16 scales [K / GROUP, N], and what they stand for [N, K]."""
     groups = weight.T.unflatten(0, (-1, GROUP))  # [K / GROUP, GROUP, N]
     low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-    scale = (torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15).half().float()
+    scale = (torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15).clamp(min=LEAST).half().float()
     zero = torch.full_like(scale, 8) if symmetric else (-low / scale).round().clamp(0, 15)
     number = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 15)
     meant = (number - zero[:, None]) * scale[:, None]
