@@ -81,7 +81,7 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.arguments import correct_facts, fill_in, fill_in_platform
+    from sglang_llada.host.arguments import correct_facts, fill_in, fill_in_platform, settle_quantisation
     from sglang_llada.host.platform import ATTENTION_BACKEND
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -98,6 +98,8 @@ def hook_arguments(mode: Mode) -> None:
     add_attention_backend_choices([ATTENTION_BACKEND])
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
+    verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
+    HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
 
 
 def prepare_cpu() -> bool:

@@ -17,8 +17,12 @@ def pytest_report_header() -> list[str]:
     return [] if HOST_INSTALLED else ["tests/host is left out: SGLang is not installed; run `make venv`"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no accelerator."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no accelerator, and those marked long where they are not asked for."""
+    if "long" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="runs with `-m long` only"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -52,6 +52,7 @@ UNHEARD = (
     "rope_scaling"
 ).split()
 logger = logging.getLogger(__name__)
+OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and loaders of their own
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -163,7 +164,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         refuse_unheard(json.loads(args.json_model_override_args), model)
         check_split(args, model)
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
-            check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
+            # Here, so that a fault is one message and not a dead scheduler.
+            check_files(Path(args.model_path), declared=args.quantization is not None)
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
@@ -179,6 +181,27 @@ def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, 
     if ARCHITECTURE in (model_config.hf_config.architectures or []):
         return {"temperature": 0.0, **defaults}
     return defaults
+
+
+def settle_quantisation(verify: Callable[[Any], None], model_config: Any) -> None:
+    """Around the host's look at how a model is quantised: what cannot be served is one sentence, not a traceback."""
+    from sglang.srt.layers import quantization
+    from sglang.srt.platforms import current_platform
+
+    if isinstance(current_platform, CpuPlatform):  # where the host lists some methods for its own CPU engine only
+        for method, config in quantization.CPU_QUANTIZATION_METHODS.items():
+            quantization.QUANTIZATION_METHODS.setdefault(method, config)
+    if ARCHITECTURE not in (model_config.hf_config.architectures or []):
+        return verify(model_config)
+    try:
+        verify(model_config)
+        if model_config.quantization in OTHER_LOADERS:
+            raise ValueError(
+                f"quantization is {model_config.quantization!r}, whose loader asks for models made for it; allowed are "
+                f"the host's other methods: {', '.join(quantization.QUANTIZATION_METHODS.keys() - OTHER_LOADERS)}"
+            )
+    except ValueError as error:
+        raise SystemExit(f"sglang-llada: {error}") from None
 
 
 def correct_facts(config: Any, server_args: Any, mode: Mode) -> Any:

@@ -125,13 +125,16 @@ class RowAttention(AttentionBackend):
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
         )
+        scaled = layer.k_scale is not None and keys.dtype.itemsize == 1  # the pool divided what it made 8 bits wide
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Zeros, because tokens that pad a batch belong to no row and must not bring NaN into later layers.
         out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         for group, pieces in zip(self.groups, self._pieces(layer), strict=True):
             queries = query[group.queries].transpose(1, 2)  # [S, heads, Q, D]
-            key = keys[group.kv].to(q.dtype).transpose(1, 2)  # [S, kv heads, L, D]
-            value = values[group.kv].to(q.dtype).transpose(1, 2)
+            key, value = keys[group.kv].to(q.dtype), values[group.kv].to(q.dtype)
+            if scaled:
+                key, value = key * layer.k_scale_float, value * layer.v_scale_float
+            key, value = key.transpose(1, 2), value.transpose(1, 2)  # [S, kv heads, L, D]
             for piece in pieces:
                 attended = F.scaled_dot_product_attention(
                     queries[:, :, piece.begin : piece.end],

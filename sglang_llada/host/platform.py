@@ -50,6 +50,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return ReplayBackend
 
+    def get_quantization_config(self, quantization: str) -> type[Any]:
+        """The host's, of its CPU engine where that has one of its own, with layers that we run."""
+        from sglang.srt.layers import quantization as methods
+
+        from sglang_llada.host.cpu_quantised import on_cpu
+
+        return on_cpu((methods.QUANTIZATION_METHODS | methods.CPU_QUANTIZATION_METHODS)[quantization])
+
     def init_backend(self) -> None:
         """Register our attention backend, and DP attention's plain copies; called in each worker."""
         import torch

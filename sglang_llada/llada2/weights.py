@@ -3,15 +3,18 @@
 Published checkpoints come in two spellings: plain, and with the prefixes `model.language_model.` and `model.lm_head.`;
 either may hold an expert matrix per expert or fused, `mlp.experts.gate_proj` [E, ...]. `canonical` brings all to the
 plain, per-expert spelling. Nothing is skipped: a name that is missing, unknown, doubled or misshapen stops the start.
+
+What a quantised matrix is made of only the layer that holds it knows: the host's model says which tensors it wants
+(host/loading.py). Before there is a model, `check_files` holds such a checkpoint to what can be known then: every
+matrix of the network is there in some form, and what is stored as it is has its shape.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +25,12 @@ from sglang_llada.llada2.checkpoint import read_config
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.reference import Llada2ForDiffusion
 
-SCALE = "weight_scale_inv"  # beside a block-quantised weight
 SHOWN = 8  # names that an error lists of each kind
-FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)(?:\.(weight|weight_scale_inv))?$")
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)(?:\.(\w+))?$")
+PREFIXES = {"model.language_model.": "model.", "model.lm_head.": "lm_head."}  # of the other spelling
+# Where a quantised checkpoint says so: a key of config.json, or a file of its own.
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTISATION_FILES = ("hf_quant_config.json", "quant_model_description.json")
 
 Shape = tuple[int, ...]
 
@@ -68,10 +74,9 @@ def _mlp(prefix: str, hidden: int, width: int) -> dict[str, Shape]:
 def canonical(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors under plain, per-expert names; fused expert tensors are split."""
     for name, tensor in tensors:
-        if name.startswith("model.language_model."):
-            name = "model." + name.removeprefix("model.language_model.")
-        elif name.startswith("model.lm_head."):
-            name = name.removeprefix("model.")
+        for prefix, plain in PREFIXES.items():
+            if name.startswith(prefix):
+                name = plain + name.removeprefix(prefix)
         if fused := FUSED.match(name):
             prefix, matrix, leaf = fused.groups()
             for expert, part in enumerate(tensor):
@@ -81,47 +86,61 @@ def canonical(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 class Ledger:
-    """Ticks off tensors as they come. With `block` = (rows, columns), 8-bit weights may come, and then bring scales."""
+    """Ticks off tensors as they come.
 
-    def __init__(self, config: Llada2Config, block: tuple[int, int] | None = None) -> None:
-        self.shapes = expected(config)
-        self.block = block
-        self.scales: set[str] = set()  # those that must come
+    Args:
+        shapes: the tensors that may come. A shape of None is one that only the layer which holds the tensor knows.
+        optional: those of them that need not come.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape | None], optional: Collection[str] = ()) -> None:
+        self.shapes = shapes
+        self.optional = optional
         self.seen: set[str] = set()
         self.wrong: list[str] = []
 
     def tick(self, name: str, tensor: Tensor) -> bool:
         """Note a tensor; False if it must not be loaded."""
-        got, want = tuple(tensor.shape), self._wanted(name)
-        if want is None:
-            self.wrong.append(f"unknown tensor {name} {list(got)}")
-        elif got != want:
+        got = tuple(tensor.shape)
+        if name not in self.shapes:
+            if not says_nothing(name, tensor):
+                self.wrong.append(f"unknown tensor {name} {list(got)}")
+            return False
+        want = self.shapes[name]
+        if want is not None and not as_it_is(tensor):
+            self.wrong.append(f"{name} holds numbers of {tensor.dtype}, and must not or nothing says how to read them")
+        elif want is not None and want != got:
             self.wrong.append(f"{name} has shape {list(got)}, expected {list(want)}")
         elif name in self.seen:
             self.wrong.append(f"{name} comes twice")
-        elif tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-            scale = name.removesuffix("weight") + SCALE
-            if self._wanted(scale) is None:
-                self.wrong.append(f"{name} is 8 bits wide, but must not be or config.json has no weight_block_size")
-            self.scales.add(scale)
         self.seen.add(name)
-        return want == got
-
-    def _wanted(self, name: str) -> Shape | None:
-        if self.block is not None and name.endswith("." + SCALE):
-            weight = self.shapes.get(name.removesuffix(SCALE) + "weight")
-            # embeddings, head and router are never quantised
-            if weight is None or len(weight) != 2 or not name.startswith("model.layers.") or ".mlp.gate." in name:
-                return None
-            return tuple(-(-size // block) for size, block in zip(weight, self.block, strict=True))
-        return self.shapes.get(name)
+        return want in (None, got)
 
     def close(self, *, complete: bool = True) -> None:
         """Raise ConfigError with everything that was wrong; with `complete`, missing tensors are wrong too."""
-        missing = [name for name in (*self.shapes, *sorted(self.scales)) if name not in self.seen] if complete else []
-        problems = _some(self.wrong) + _some([f"missing tensor {name}" for name in missing])
+        wanted = [name for name in self.shapes if name not in self.optional] if complete else []
+        missing = [f"missing tensor {name}" for name in wanted if name not in self.seen]
+        problems = _some(self.wrong) + _some(missing)
         if problems:
             raise ConfigError("the checkpoint does not fit its config.json: " + "; ".join(problems))
+
+
+def as_it_is(tensor: Tensor) -> bool:
+    """Whether a tensor is stored as it is: no integers, no floats of 8 bits."""
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def says_nothing(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor that nothing asks for changes nothing, as some tools write: the only ones that are left out.
+
+    A bias of zeros; an order of inputs that is the natural one; the scales of a KV cache that is not quantised.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf in ("k_scale", "v_scale"):
+        return True
+    if leaf == "bias":
+        return not tensor.any()
+    return leaf.endswith("g_idx") and bool((tensor.diff() >= 0).all())
 
 
 def _some(messages: list[str]) -> list[str]:
@@ -129,21 +148,48 @@ def _some(messages: list[str]) -> list[str]:
     return messages[:SHOWN] + ([f"and {rest} more like that"] if rest > 0 else [])
 
 
-def quantisation_block(config: Any) -> tuple[int, int] | None:
-    """Rows and columns of the blocks of a block-quantised checkpoint, from config.json; None if it is not."""
-    quantisation = config.to_dict().get("quantization_config") or {}
-    block = quantisation.get("weight_block_size")
-    return None if block is None else (int(block[0]), int(block[1]))
+def quantisation(folder: Path) -> str | None:
+    """Where a folder says that its checkpoint is quantised; None if it does not."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    where = [f"config.json, {key}" for key in QUANTISATION_KEYS if fields.get(key)]
+    where += [file for file in QUANTISATION_FILES if (folder / file).is_file()]
+    return where[0] if where else None
 
 
-def check_files(folder: Path) -> None:
-    """Raise ConfigError unless a folder's tensors are those that its config.json asks for; reads no weights."""
+def check_files(folder: Path, *, declared: bool = False) -> None:
+    """Raise ConfigError unless a folder's tensors are those that its config.json asks for; reads no weights.
+
+    What a quantised one is made of is not known here, see above; `declared` says that it is one where its files do not.
+    """
     config = read_config(folder)
-    ledger = Ledger(config, quantisation_block(config))
+    shapes, quantised = expected(config), declared or quantisation(folder) is not None
+    ledger = Ledger(shapes)
+    modules = {name.rpartition(".")[0] for name in shapes}
+    holders = {holder for module in modules for holder in _above(module)}
+    pieces = []  # of quantised matrices, or measured around them
     for name, tensor in canonical(_headers(folder)):
-        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+        holder = name.rpartition(".")[0]
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        if holder not in holders or (name in shapes and as_it_is(tensor)):
             ledger.tick(name, tensor)
+        else:
+            pieces.append(name)
+            ledger.seen |= {f"{holder}.weight"} & shapes.keys()
+    if pieces and not quantised:
+        places = ", ".join(f"{key} of config.json" for key in QUANTISATION_KEYS)
+        raise ConfigError(
+            f"{pieces[0]} and {len(pieces) - 1} more tensors are parts of quantised matrices, and nothing says how to "
+            f"read them; allowed: {places}, {', '.join(QUANTISATION_FILES)}, --quantization"
+        )
     ledger.close()
+
+
+def _above(module: str) -> Iterator[str]:
+    """A module's name and those of all that hold it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -155,13 +201,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """As read_tensors, without their data; of their types only whether they are 8 bits wide."""
+    """As read_tensors, without their data; of their types only what `as_it_is` asks."""
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
                     header = tensors.get_slice(name)
-                    dtype = torch.float8_e4m3fn if header.get_dtype().startswith("F8") else None
+                    dtype = torch.float32 if header.get_dtype() in ("BF16", "F16", "F32", "F64") else torch.uint8
                     yield name, torch.empty(header.get_shape(), dtype=dtype, device="meta")
         except SafetensorError as error:
             raise ConfigError(f"{file} cannot be read, perhaps because it is not complete: {error}") from None
@@ -187,7 +233,7 @@ def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Llad
     config = read_config(folder)
     with torch.device("meta"):
         model = Llada2ForDiffusion(config)
-    ledger, state = Ledger(config), {}
+    ledger, state = Ledger(expected(config)), {}
     for name, tensor in canonical(read_tensors(folder)):
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue  # some tied checkpoints store the embedding twice

@@ -41,6 +41,10 @@ def spoil_mask(folder: Path) -> None:
         file.write_text(file.read_text().replace("<|mask|>", "<|none|>"))
 
 
+def spoil_quantisation(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": "quip"})
+
+
 def edit(file: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
@@ -54,6 +58,7 @@ def edit(file: Path, **fields: object) -> None:
         ),
         (spoil_groups, ["num_experts 8 does not split into n_group 3 equal groups"]),
         (spoil_mask, ["the checkpoint has no mask token"]),
+        (spoil_quantisation, ["sglang-llada: Unknown quantization method: quip. Must be one of ['fp8',"]),
     ],
 )
 def test_a_damaged_checkpoint_ends_the_start(tmp_path: Path, spoil: Callable[[Path], None], told: list[str]) -> None:

@@ -144,7 +144,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_llada.host import arguments
 
     monkeypatch.setattr(arguments, "facts_of", lambda path, revision: FACTS)
-    monkeypatch.setattr(arguments, "check_files", lambda folder: None)
+    monkeypatch.setattr(arguments, "check_files", lambda folder, declared: None)
     monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config())
     return arguments
 

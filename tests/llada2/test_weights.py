@@ -16,7 +16,7 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.llada2.weights import Ledger, canonical, check_files, expected, load_reference
 from tests.toy import make_checkpoint, make_config, make_model
 
-UP = "model.layers.0.mlp.up_proj.weight"
+UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 
 @pytest.fixture
@@ -172,38 +172,61 @@ def test_the_router_stays_fp32(folder: Path) -> None:
     assert model[UP].dtype == torch.bfloat16
 
 
+def test_fused_parts_are_split_by_expert() -> None:
+    names = [name for name, _ in canonical([("model.layers.1.mlp.experts.up_proj.weight_scale", torch.ones(2, 1, 1))])]
+    assert names == [f"model.layers.1.mlp.experts.{e}.up_proj.weight_scale" for e in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_numbers_that_nothing_explains_are_refused(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    write(folder, state | {UP: state[UP].to(dtype)})
+    with pytest.raises(ConfigError, match=f"{UP} holds numbers of {dtype}"):
+        load_reference(folder)
+    with pytest.raises(ConfigError, match=f"{UP} and 0 more tensors are parts of quantised.*quantization_config"):
+        check_files(folder)
+
+
 @pytest.mark.parametrize(
-    ("name", "shape", "block", "fits"),
+    ("name", "tensor", "nothing"),
     [
-        ("model.layers.0.mlp.up_proj.weight_scale_inv", (3, 2), (32, 48), True),  # [96, 64], rounded up
-        ("model.layers.0.mlp.up_proj.weight_scale_inv", (3, 1), (32, 48), False),
-        ("model.layers.1.mlp.experts.7.down_proj.weight_scale_inv", (2, 1), (32, 48), True),
-        ("model.layers.0.mlp.up_proj.weight_scale_inv", (3, 2), None, False),
-        ("model.layers.0.input_layernorm.weight_scale_inv", (2,), (32, 48), False),
-        ("model.layers.1.mlp.gate.weight_scale_inv", (1, 2), (32, 48), False),
-        ("model.word_embeddings.weight_scale_inv", (9, 2), (32, 48), False),
-        ("model.layers.8.mlp.up_proj.weight_scale_inv", (3, 2), (32, 48), False),
+        ("model.layers.0.mlp.up_proj.bias", torch.zeros(4), True),
+        ("model.layers.0.mlp.up_proj.bias", torch.tensor([0.0, 1e-6]), False),
+        ("model.layers.0.mlp.up_proj.g_idx", torch.tensor([0, 0, 1, 1]), True),
+        ("model.layers.0.mlp.up_proj.weight_g_idx", torch.tensor([0, 1, 0, 1]), False),
+        ("model.layers.0.attention.k_scale", torch.tensor(0.5), True),
+        ("model.layers.0.mlp.up_proj.input_scale", torch.tensor(1.0), False),
     ],
 )
-def test_scales_belong_to_quantised_matrices(
-    name: str, shape: tuple[int, ...], block: tuple[int, int] | None, fits: bool
+def test_what_is_left_out_says_nothing(name: str, tensor: Tensor, nothing: bool) -> None:
+    ledger = Ledger(expected(make_config()))
+    assert not ledger.tick(name, tensor)
+    assert ledger.wrong == ([] if nothing else [f"unknown tensor {name} {list(tensor.shape)}"])
+
+
+def packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every matrix of every layer but the routers', in two parts of some shape."""
+    matrices = [n for n, t in state.items() if t.dim() == 2 and n.startswith("model.layers.") and ".mlp.gate." not in n]
+    rest = {name: tensor for name, tensor in state.items() if name not in matrices}
+    return rest | {n + part: torch.zeros(2, 2, dtype=torch.int32) for n in matrices for part in ("_packed", "_scale")}
+
+
+@pytest.mark.parametrize("place", ["config.json", "hf_quant_config.json"])
+def test_headers_of_a_quantised_checkpoint_are_held_to_what_is_known(
+    folder: Path, state: dict[str, Tensor], place: str
 ) -> None:
-    assert Ledger(make_config(), block).tick(name, torch.empty(shape)) is fits
-
-
-def test_fused_scales_are_split_by_expert() -> None:
-    names = [
-        name for name, _ in canonical([("model.layers.1.mlp.experts.up_proj.weight_scale_inv", torch.ones(2, 1, 1))])
-    ]
-    assert names == [f"model.layers.1.mlp.experts.{e}.up_proj.weight_scale_inv" for e in range(2)]
-
-
-def test_8_bit_weights_need_their_scales_and_a_declaration() -> None:
-    name, weight = "model.layers.0.mlp.up_proj.weight", torch.empty(96, 64, dtype=torch.float8_e4m3fn)
-    declared, undeclared = Ledger(make_config(), (32, 32)), Ledger(make_config())
-    assert declared.tick(name, weight) and undeclared.tick(name, weight)
-    with pytest.raises(ConfigError, match=f"missing tensor .*{name}_scale_inv|and .* more like that"):
-        declared.close()
-    assert declared.scales == {f"{name}_scale_inv"}
-    with pytest.raises(ConfigError, match=f"{name} is 8 bits wide"):
-        undeclared.close(complete=False)
+    tensors = packed(state)
+    write(folder, tensors)
+    with pytest.raises(ConfigError, match=r"and \d+ more tensors are parts of quantised matrices"):
+        check_files(folder)
+    check_files(folder, declared=True)
+    fields = json.loads((folder / "config.json").read_text()) if place == "config.json" else {}
+    (folder / place).write_text(json.dumps(fields | {"quantization_config": {"quant_method": "new"}}))
+    check_files(folder)
+    for name in (f"{UP}_packed", f"{UP}_scale"):
+        del tensors[name]
+    write(folder, tensors | {"model.layers.9.mlp.up_proj.weight_packed": torch.zeros(1), NORM: torch.zeros(3)})
+    with pytest.raises(ConfigError) as error:
+        check_files(folder)
+    assert f"missing tensor {UP}" in str(error.value)
+    assert "unknown tensor model.layers.9.mlp.up_proj.weight_packed [1]" in str(error.value)
+    assert f"{NORM} has shape [3], expected [64]" in str(error.value)

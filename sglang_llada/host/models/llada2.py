@@ -23,7 +23,6 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
-from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import (
     TopK,
     TopKOutputFormat,
@@ -37,17 +36,18 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
-from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.models.utils import apply_qk_norm
+from sglang.srt.models.utils import WeightsMapper, apply_qk_norm
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
 from sglang_llada.decode.select import Exchange, Head
+from sglang_llada.errors import ConfigError
+from sglang_llada.host.loading import load_tensors
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.router import products, router_of, split, summed
-from sglang_llada.llada2.weights import Ledger, canonical, quantisation_block
+from sglang_llada.llada2.weights import PREFIXES, as_it_is
 
 
 class Attention(nn.Module):
@@ -94,6 +94,7 @@ class Attention(nn.Module):
             num_kv_heads=self.kv_heads,
             layer_id=layer_id,
             attn_type=AttentionType.ENCODER_ONLY,
+            quant_config=quant_config,  # by which a checkpoint may bring scales of the KV cache
             prefix=add_prefix("attn", prefix),
         )
 
@@ -411,9 +412,14 @@ class Trunk(nn.Module):
 class LLaDA2MoeModelLM(nn.Module):
     """The model class that the host finds for `architectures: [LLaDA2MoeModelLM]`."""
 
+    # By these the host finds the layers that a quantised checkpoint names: to leave alone, or to treat in some way.
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    hf_to_sglang_mapper = WeightsMapper(orig_to_new_prefix=PREFIXES)
+
     def __init__(self, config: Llada2Config, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         self.config = config
+        self.quant_config = quant_config  # read by the host's loaders
         self.model = Trunk(config, quant_config, add_prefix("model", prefix))
         if config.tie_word_embeddings:
             self.lm_head = self.model.word_embeddings
@@ -425,8 +431,9 @@ class LLaDA2MoeModelLM(nn.Module):
                 prefix=add_prefix("lm_head", prefix),
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
+        check_head(self.lm_head)
         self.joined = any(isinstance(module, MoE) and module.joined for module in self.modules())
-        self.loaded = False
+        self.wanted: set[str] | None = None  # names of the tensors that it was loaded from; written by load_tensors()
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> LogitsProcessorOutput:
@@ -455,17 +462,9 @@ class LLaDA2MoeModelLM(nn.Module):
         """Load a checkpoint, or later part of one (weight updates).
 
         Raises:
-            ConfigError: tensors are unknown, misshapen or doubled or, the first time, missing.
+            ConfigError: tensors are unknown, misshapen, doubled or, the first time, missing.
         """
-        ledger = Ledger(self.config, quantisation_block(self.config))
-        params = dict(self.named_parameters())
-        for name, tensor in canonical(weights):
-            if self.config.tie_word_embeddings and name == "lm_head.weight":
-                continue  # some tied checkpoints store the embedding twice
-            if ledger.tick(name, tensor):
-                self._load(name, tensor, params)
-        ledger.close(complete=not self.loaded)
-        self.loaded = True
+        load_tensors(self, weights)
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
@@ -473,34 +472,6 @@ class LLaDA2MoeModelLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Router):
                 module.derive()
-
-    def _load(self, name: str, tensor: Tensor, params: dict[str, Any]) -> None:
-        """Put one tensor where the host's layers keep it: fused, stacked by expert, or as it is."""
-        if self.joined:
-            name = name.replace(".mlp.shared_experts.", f".mlp.experts.{self.config.num_experts}.")
-        if ".mlp.experts." in name:
-            for param_name, weight_name, expert_id, shard_id in self._expert_mapping():
-                if weight_name in name:
-                    target = name.replace(weight_name, param_name)
-                    param = params[target]
-                    param.weight_loader(param, tensor, target, shard_id=shard_id, expert_id=expert_id)
-                    return
-        for half, matrix in enumerate(("gate_proj", "up_proj")):
-            if f".{matrix}." in name:
-                param = params[name.replace(matrix, "gate_up_proj")]
-                param.weight_loader(param, tensor, half)
-                return
-        param = params[name]
-        loader = getattr(param, "weight_loader", default_weight_loader)
-        loader(param, tensor)
-
-    def _expert_mapping(self) -> list[tuple[str, str, int, str]]:
-        return FusedMoE.make_expert_params_mapping(
-            ckpt_gate_proj_name="gate_proj",
-            ckpt_down_proj_name="down_proj",
-            ckpt_up_proj_name="up_proj",
-            num_experts=self.config.num_experts + self.joined,
-        )
 
     @property
     def start_layer(self) -> int:
@@ -521,6 +492,14 @@ class LLaDA2MoeModelLM(nn.Module):
         """What expert load balancing must know."""
         return ModelConfigForExpertLocation(
             num_layers=config.num_hidden_layers, num_logical_experts=config.num_experts, num_groups=config.n_group
+        )
+
+
+def check_head(head: nn.Module) -> None:
+    """Raise ConfigError if the output embedding is quantised: selection multiplies by it as it is."""
+    if [name for name, param in head.named_parameters() if not as_it_is(param)] or not hasattr(head, "weight"):
+        raise ConfigError(
+            f"lm_head is quantised ({type(head.quant_method).__name__}); allowed: a checkpoint that leaves it as it is"
         )
 
 
