@@ -103,7 +103,7 @@ def sources(path: str, leaf: str, module: nn.Module, load: Any, model: Any) -> I
     if isinstance(module, FusedMoE):
         stack, _, piece = leaf.partition("_")
         routed = model.config.num_experts
-        for expert in range(routed + model.joined):
+        for expert in range(routed + module.num_fused_shared_experts):
             owner = f"{path}.{expert}" if expert < routed else path.removesuffix("experts") + "shared_experts"
             for matrix, shard in STACKED[stack]:
                 put = partial(load, weight_name=f"{path}.{leaf}", shard_id=shard, expert_id=expert)

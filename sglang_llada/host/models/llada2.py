@@ -432,7 +432,6 @@ class LLaDA2MoeModelLM(nn.Module):
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
         check_head(self.lm_head)
-        self.joined = any(isinstance(module, MoE) and module.joined for module in self.modules())
         self.wanted: set[str] | None = None  # names of the tensors that it was loaded from; written by load_tensors()
 
     @torch.no_grad()
