@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import time
+from collections import deque
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
-from sglang_llada.host.executor import Executor
+from sglang_llada.host.executor import Executor, outcome_width
 from sglang_llada.host.scheduler import LladaScheduler
 
 T, MASK = 32, 2
@@ -39,11 +40,14 @@ class FirstOpen:
 
     block_size, tokens = T, Tokens(MASK)
     idle = idle(T, Tokens(MASK))
+    last = torch.zeros(2 * ROWS[-1], outcome_width(T, idle), dtype=torch.int64)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=400))
+    decided: int | torch.Tensor = DECIDED  # positions a step, or of each row
 
     def __call__(self, hidden: Any, ids: torch.Tensor, table: torch.Tensor, count: int, **_: Any) -> StepOut:
         rows = len(table)
-        is_open = (table[:, OPEN_COLUMN] << DECIDED)[:, None] >> torch.arange(T) & 1 == 1  # they are the last ones
+        still_open = (table[:, OPEN_COLUMN] << self.decided) & ((1 << T) - 1)  # they are the last ones
+        is_open = still_open[:, None] >> torch.arange(T) & 1 == 1
         ids = ids.view(rows, T)
         still = ids.new_zeros(rows)
         return StepOut(
@@ -62,10 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    load_plugins()
-    server_args = prepare_server_args(["--model-path", str(ROOT / "examples" / "tiny-llada2")])
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+    as_scheduler()
     out: dict[str, Any] = {**new_record(), "milliseconds": {}}
     gc.freeze()  # as the scheduler does
     for rows in ROWS:
@@ -78,6 +79,14 @@ def main() -> None:
     slope = 1e3 * (times[128] - times[32]) / 96
     print(f"from 32 to 128 rows: {slope:.1f} microseconds a row")
     print(json.dumps(out))
+
+
+def as_scheduler() -> None:
+    """Let this process be to the host what its scheduler's is."""
+    torch.set_num_threads(1)
+    load_plugins()
+    server_args = prepare_server_args(["--model-path", str(ROOT / "examples" / "tiny-llada2")])
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
 
 
 @torch.inference_mode()
@@ -98,9 +107,9 @@ def measure(rows: int) -> tuple[float, float]:
     return 1e3 * gap / steps, 1e3 * (time.perf_counter() - started - gap) / steps
 
 
-def scheduler_with(rows: int) -> LladaScheduler:
+def scheduler_with(rows: int, decider: FirstOpen | None = None) -> LladaScheduler:
     """A scheduler that runs so many requests and has nothing around it."""
-    scheduler = idle_scheduler(rows)
+    scheduler = idle_scheduler(rows, decider)
     for i in range(rows):
         params = DecodeConfig.defaults(T)
         request = Request(
@@ -124,7 +133,7 @@ def scheduler_with(rows: int) -> LladaScheduler:
     return scheduler
 
 
-def idle_scheduler(rows: int) -> LladaScheduler:
+def idle_scheduler(rows: int, decider: FirstOpen | None = None) -> LladaScheduler:
     """The scheduler without the host around it, on a runner whose forward gives back its input and notes the time."""
 
     def forward(batch: Any) -> Any:
@@ -134,15 +143,17 @@ def idle_scheduler(rows: int) -> LladaScheduler:
     runner = SimpleNamespace(
         device="cpu",
         model=FirstOpen.model,
+        decode_cuda_graph_runner=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(rows * (BLOCKS + 2) * T).view(rows, -1).int()),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,
     )
     scheduler: LladaScheduler = object.__new__(LladaScheduler)
-    scheduler.executor = Executor(runner, FirstOpen())  # type: ignore[arg-type]  # stand-ins
+    scheduler.executor = Executor(runner, decider or FirstOpen())  # type: ignore[arg-type]  # stand-ins
     scheduler.facts = SimpleNamespace(block_size=T)
     scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
-    scheduler.in_flight, scheduler.landed, scheduler.going_on = None, None, []
+    scheduler.flights, scheduler.landed, scheduler.going_on = deque(), None, []
+    scheduler.overlaps = scheduler.runs_ahead = False
     scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
     scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
     scheduler.running_batch = SimpleNamespace(reqs=[])

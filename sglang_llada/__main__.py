@@ -1,6 +1,7 @@
 """`python -m sglang_llada env | check | algorithms`: what is installed, whether it fits the host, what it can decode.
 
-Imports nothing of the host, so every answer comes at once, also where the host does not start.
+`check --model PATH` says what is read of a checkpoint instead, and what a start with it would refuse. Imports nothing
+of the host, so every answer comes at once, also where the host does not start.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_llada", description=sglang_llada.__doc__)
     commands = {"env": show_env, "check": show_check, "algorithms": show_algorithms}
     parser.add_argument("command", choices=commands)
+    parser.add_argument("--model", help="with check: a checkpoint, as --model-path of the server takes it")
+    parser.add_argument("--revision", help="with check --model: a branch, tag or commit of its repository")
+    args = parser.parse_args(argv)
+    if args.model is not None and args.command != "check":
+        parser.error(f"--model goes with check, not with {args.command}")
     try:
-        return commands[parser.parse_args(argv).command]()
+        return commands[args.command]() if args.model is None else show_model(args.model, args.revision)
     except (ConfigError, HostMismatch) as error:
         print(error, file=sys.stderr)
         return 1
@@ -62,6 +68,17 @@ def show_check() -> int:
     reason = exclusion(os.environ)
     print(f"plugin is {standing(os.environ)}; {differing} of {len(seams.SEAMS)} seams differ")
     return 0 if fits and not differing and reason is None else 1
+
+
+def show_model(model: str, revision: str | None) -> int:
+    """What is read of a checkpoint, without its weights."""
+    from sglang_llada.host.hub import folder_of
+    from sglang_llada.llada2.report import report
+
+    found = report(model, folder_of(model, revision))
+    for line in found.lines():
+        print(line)
+    return 1 if found.refusals else 0
 
 
 def show_algorithms() -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from sglang_llada.errors import ConfigError
 
 MODE_VARIABLE = "SGLANG_LLADA"
-REPLAY_VARIABLE = "SGLANG_LLADA_REPLAY"
+REPLAY_VARIABLE = "SGLANG_LLADA_REPLAY"  # graphs on the CPU, for tests
+AHEAD_VARIABLE = "SGLANG_LLADA_AHEAD"  # whether steps are launched before the one before them is read
 
 
 class Mode(enum.Enum):
@@ -299,11 +300,11 @@ def read_mode(environ: Mapping[str, str]) -> Mode:
         raise ConfigError(f"{MODE_VARIABLE} is {value!r}; allowed: {allowed}") from None
 
 
-def read_replay(environ: Mapping[str, str]) -> bool:
-    """Whether the environment asks for graphs on the CPU, for tests; unset or empty means no."""
-    value = environ.get(REPLAY_VARIABLE) or "0"
+def read_switch(environ: Mapping[str, str], variable: str, *, default: bool) -> bool:
+    """What the environment says of a variable that is '0' or '1'; the default where it is unset or empty."""
+    value = environ.get(variable) or str(int(default))
     if value not in ("0", "1"):
-        raise ConfigError(f"{REPLAY_VARIABLE} is {value!r}; allowed: '0' or '1'")
+        raise ConfigError(f"{variable} is {value!r}; allowed: '0' or '1'")
     return value == "1"
 
 

@@ -57,6 +57,7 @@ def install(mode: Mode) -> None:
 
         register_algorithms()
         hook_model_class()
+        hook_attention()
         hook_sampling_defaults()
         hook_door()
         replace_scheduler()
@@ -67,23 +68,26 @@ def register_config(mode: Mode) -> None:
     """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
     from transformers import AutoConfig
 
-    from sglang_llada.host.stock import StockConfig
-    from sglang_llada.llada2.config import MODEL_TYPE, Llada2Config
+    from sglang_llada.host.stock import StockConfig, StockMergedConfig
+    from sglang_llada.llada2.config import Llada2Config, MergedConfig
 
-    AutoConfig.register(MODEL_TYPE, Llada2Config if mode is Mode.ON else StockConfig, exist_ok=True)
+    for config in (Llada2Config, MergedConfig) if mode is Mode.ON else (StockConfig, StockMergedConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def hook_arguments(mode: Mode) -> None:
     """Complete server arguments, and correct the facts that the host reads from a table of architecture names."""
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.arguments import correct_facts, fill_in, fill_in_platform
+    from sglang_llada.host.platform import ATTENTION_BACKEND
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
-        fill_in_platform(server_args)
-        previous(server_args)
         try:
+            fill_in_platform(server_args)
+            previous(server_args)
             fill_in(server_args, mode)
         except ConfigError as error:
             raise SystemExit(f"sglang-llada: {error}") from None
@@ -91,6 +95,7 @@ def hook_arguments(mode: Mode) -> None:
     def correct(config: Any, server_args: Any) -> Any:
         return correct_facts(config, server_args, mode)
 
+    add_attention_backend_choices([ATTENTION_BACKEND])
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
 
@@ -120,6 +125,21 @@ def register_model_class(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
+
+
+def hook_attention() -> None:
+    """Register our attention when a process first builds one, for the same reason."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends"
+    HookRegistry.register(target, register_attention, HookType.BEFORE)
+
+
+def register_attention(*args: Any, **kwargs: Any) -> None:
+    """Make the host find our attention. Runs before attention is built and leaves its arguments as they are."""
+    from sglang_llada.host import attention
+
+    attention.register()
 
 
 def hook_sampling_defaults() -> None:

@@ -129,6 +129,8 @@ class Request(Generic[P]):
     # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
     # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().
     patient: bool = False
+    ahead: Block | None = None  # what the next block will be; written by block_after()
+    pace: int = 0  # positions that its last step decided
     slot: int = -1  # where the host keeps its KV; written by the scheduler, only carried here
     room: int = 0  # positions that have a place for KV there; the same
     rules: Rules = Rules()
@@ -216,6 +218,19 @@ class Request(Generic[P]):
             self._open_next()
         return len(answer)
 
+    def block_after(self) -> Block | None:
+        """The block that follows the only live one, to be begun early; None if, as far as is known, none follows.
+
+        Not live before the live one has left; what a step decides of it until then counts for nothing.
+        """
+        (last,) = self.blocks
+        start = last.start + self.block_size
+        if not self._goes_on_behind(last):
+            return None
+        if self.ahead is None or self.ahead.start != start:
+            self.ahead = self._new_block(start)
+        return self.ahead
+
     def retract(self) -> None:
         """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
         self._expect("retract", Phase.FILLING, Phase.DECODING)
@@ -257,6 +272,17 @@ class Request(Generic[P]):
     def steps_of_blocks(self) -> list[int]:
         """Decode steps of each block so far, live ones included."""
         return self.steps_per_block + [block.steps for block in self.blocks if block.steps]
+
+    @property
+    def single(self) -> bool:
+        """Whether all that a step must be told of its rows is what the step before made of its one live block."""
+        return self.plain and self.rules.window == self.rules.live_blocks == 1 and self.rules.max_nfe == 0
+
+    @property
+    def may_finish_block(self) -> bool:
+        """Whether the next step will probably finish the one live block, going by the pace of the last one."""
+        is_open = self.blocks[0].open
+        return is_open == 0 if self.rules.edits else is_open.bit_count() <= self.pace
 
     @property
     def live_from(self) -> int:
@@ -391,22 +417,30 @@ class Request(Generic[P]):
             return self._open_block(self.known)
         last, T = self.blocks[-1], self.block_size
         ready = last.done or last.open.bit_count() < self.rules.next_block_share * T
-        if not ready or last.start + T >= len(self.prompt) + self.max_new_tokens:
-            return None
-        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open >> i & 1)
-        if self.stop_ids.isdisjoint(decided):
+        if ready and self._goes_on_behind(last):
             self._open_block(last.start + T)
         return None
 
+    def _goes_on_behind(self, last: Block) -> bool:
+        """Whether more is allowed behind the last live block, and no stop token stands in one."""
+        T = self.block_size
+        if last.start + T >= len(self.prompt) + self.max_new_tokens:
+            return False
+        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open >> i & 1)
+        return self.stop_ids.isdisjoint(decided)
+
     def _open_block(self, start: int) -> None:
+        begun, self.ahead = self.ahead, None
+        self.blocks.append(begun if begun is not None and begun.start == start else self._new_block(start))
+        self.patient = self.single and start + self.block_size < len(self.prompt) + self.max_new_tokens
+
+    def _new_block(self, start: int) -> Block:
         given, T = list(self.prompt[start:]), self.block_size
         holes = T - len(given)
-        is_open = (1 << T) - (1 << len(given))
         tokens = given + [self.mask_id] * holes
-        notes = [None] * T if self.noted else []
-        self.blocks.append(Block(start, len(given), tokens, is_open, self.fresh, notes))
-        only = self.plain and self.rules.window == self.rules.live_blocks == 1 and self.rules.max_nfe == 0
-        self.patient = only and start + T < len(self.prompt) + self.max_new_tokens
+        return Block(
+            start, len(given), tokens, (1 << T) - (1 << len(given)), self.fresh, [None] * T if self.noted else []
+        )
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing.
@@ -432,6 +466,7 @@ class Request(Generic[P]):
         if notes is not None:
             block.notes = notes
         block.steps += 1
+        self.pace = was.bit_count() - now.bit_count()
         if not block.done:
             bound = self.block_size if rules.most_steps is None else rules.most_steps
             if block.steps + (not done) > bound:

@@ -70,7 +70,8 @@ class Table:
         for request in self:
             request.check()
             pages = held.get(request.rid, 0)
-            at_most = 0 if request.phase is Phase.WAITING else request.live_to
+            ahead = 0 if request.ahead is None else request.block_size
+            at_most = 0 if request.phase is Phase.WAITING else request.live_to + ahead
             if not request.filled <= pages <= at_most and request.phase is not Phase.DONE:
                 raise IntegrityError(
                     f"{request.rid}: {request.phase.name}, filled {request.filled}, holds {pages} positions, "

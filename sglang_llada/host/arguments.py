@@ -7,6 +7,7 @@ serve is refused in one message that lists every such option.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,16 +27,25 @@ from sglang_llada.config import (
     algorithm_of_flag,
     flag_of,
     flag_of_checkpoint,
-    read_replay,
+    read_switch,
     without_host_keys,
 )
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.hub import folder_of
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
-from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
-from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts, read_json
+from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
 
+logger = logging.getLogger(__name__)
+
 STOCK_FLAG = "LowConfidence"
+# Of config.json: what decides how it is decoded, and what rotary_dim and rope_theta have been worked out from.
+UNHEARD = (
+    "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
+    "rope_scaling"
+).split()
+logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 
@@ -119,6 +129,9 @@ def fill_in(server_args: Any, mode: Mode) -> None:
     args = resolving_view(server_args)
     if ARCHITECTURE not in architectures(args.model_path, args.revision):
         return
+    model = read_config(folder_of(args.model_path, args.revision))
+    for remark in remarks(config_of(args.model_path, args.revision)):
+        logger.warning(remark)
     chosen: dict[str, Any] = {}
     if args.max_running_requests is None:
         chosen["max_running_requests"] = DEFAULT_MAX_RUNNING_REQUESTS
@@ -126,7 +139,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["dllm_algorithm"] = args.dllm_algorithm or STOCK_FLAG
     else:
         refuse_unsupported(args)
-        check_split(args, read_config(folder_of(args.model_path, args.revision)))
+        refuse_unheard(json.loads(args.json_model_override_args), model)
+        check_split(args, model)
         if args.load_format in ("auto", "safetensors") and Path(args.model_path).is_dir():
             check_files(Path(args.model_path))  # here, so that a fault is one message and not a dead scheduler
         chosen["dllm_algorithm"] = own_flag(args.dllm_algorithm or checkpoint_flag(args))
@@ -134,6 +148,8 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
         chosen |= graph_options(args, chosen["page_size"])
+        if args.device == "cuda":
+            chosen |= cuda_options(args)
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
@@ -198,6 +214,17 @@ def refuse_unsupported(args: Any) -> None:
         raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
 
 
+def refuse_unheard(overrides: dict[str, Any], model: Llada2Config) -> None:
+    """Raise ConfigError for each override of the user that would not be heard: those are read from config.json alone.
+
+    The host sets all others on the configuration that the network is made from.
+    """
+    asked = {name: overrides[name] for name in UNHEARD if name in overrides}
+    unheard = [f"{name} {value!r}" for name, value in asked.items() if value != getattr(model, name)]
+    if unheard:
+        raise ConfigError(f"--json-model-override-args: {', '.join(unheard)} would have no effect; change config.json")
+
+
 def check_split(args: Any, config: Llada2Config) -> None:
     """Raise ConfigError unless heads, experts and widths divide evenly over the ranks; the host replicates KV heads."""
     attention_ranks = args.dp_size if args.enable_dp_attention else args.attn_dp_size
@@ -244,7 +271,7 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
     """
     chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
-    if args.device == "cpu" and read_replay(os.environ) and attention_dp(args):
+    if args.device == "cpu" and read_switch(os.environ, REPLAY_VARIABLE, default=False) and attention_dp(args):
         raise ConfigError(f"{REPLAY_VARIABLE} is '1', and the host cannot capture DP attention on the CPU")
     if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
         return chosen
@@ -253,6 +280,43 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     if args.device == "cpu":  # where graphs are a test: few sizes will do
         return chosen | {"cuda_graph_bs_decode": [*powers_of_two(most), most]}
     return chosen | {"cuda_graph_max_bs_decode": most}
+
+
+def cuda_options(args: Any) -> dict[str, Any]:
+    """Our attention on a GPU, unless the user names another or it cannot serve the model there.
+
+    Raises:
+        ConfigError: the host's norms do not know the dtype.
+    """
+    import torch
+
+    if args.dtype in ("float32", "float"):
+        raise ConfigError(
+            f"--dtype is {args.dtype}, for which the host has no norms on CUDA; allowed: bfloat16, float16"
+        )
+    if args.attention_backend or args.prefill_attention_backend or args.decode_attention_backend:
+        return {}
+    config = read_config(folder_of(args.model_path, args.revision))
+    obstacles = attention_obstacles(args, config.head_dim, torch.cuda.get_device_capability())
+    if obstacles:
+        logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
+        return {}
+    return {"attention_backend": ATTENTION_BACKEND}
+
+
+def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -> str:
+    """What keeps our attention kernel from serving a model on a GPU; empty if nothing does."""
+    from sglang_llada.llada2.attention_triton import HEAD_SIZES
+
+    kv = args.kv_cache_dtype
+    rules = [
+        (capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"),
+        (head_dim in HEAD_SIZES, f"heads of {head_dim}"),
+        (kv in ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3"), f"--kv-cache-dtype {kv}"),
+        (kv != "fp8_e4m3" or capability >= (8, 9), f"--kv-cache-dtype {kv} below compute capability 8.9"),
+        (not args.enable_deterministic_inference, "--enable-deterministic-inference"),
+    ]
+    return ", ".join(what for holds, what in rules if not holds)
 
 
 def powers_of_two(below: int) -> Iterator[int]:
@@ -289,7 +353,7 @@ def config_of(model_path: str, revision: str | None) -> dict[str, Any]:
     folder = Path(model_path)
     if folder.is_dir():
         file = folder / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
     if "://" in model_path or folder.is_file():  # object stores and GGUF files
         return {}
     return fetch_config(model_path, revision)
@@ -310,12 +374,3 @@ def fetch_config(repository: str, revision: str | None) -> dict[str, Any]:
 def facts_of(model_path: str, revision: str | None) -> CheckpointFacts:
     """The facts of a checkpoint in a folder or, named by its repository, in the local cache."""
     return read_facts(folder_of(model_path, revision))
-
-
-def folder_of(model_path: str, revision: str | None) -> Path:
-    """Where the small files of a checkpoint are; fetched if need be."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))

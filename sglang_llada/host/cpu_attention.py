@@ -18,49 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from sglang_llada.errors import ConfigError
-from sglang_llada.host.platform import ATTENTION_BACKEND
 from sglang_llada.host.recording import kernel
 
 CAUSAL_CHUNK = 256  # queries that share a mask; a whole prompt's mask would be length x length
-
-
-def register() -> None:
-    """Make `--attention-backend llada_rows` resolve."""
-    register_attention_backend(ATTENTION_BACKEND)(create)
-
-
-def create(model_runner: Any) -> RowAttention:
-    """The backend of a loaded model.
-
-    Raises:
-        ConfigError: the model's attention has features that this backend would leave out silently.
-    """
-    refuse_unsupported(model_runner.model)
-    return RowAttention(model_runner)
-
-
-def refuse_unsupported(model: torch.nn.Module) -> None:
-    """Raise ConfigError naming what the model's attention layers ask for beyond plain attention."""
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    asked = {
-        "sliding windows": any(layer.sliding_window_size > -1 for layer in layers),
-        "capped logits": any(layer.logit_cap > 0 for layer in layers),
-        "cross attention": any(layer.is_cross_attention for layer in layers),
-        "temperature by length": any(layer.xai_temperature_len > 0 for layer in layers),
-    }
-    if any(asked.values()):
-        features = ", ".join(feature for feature, wanted in asked.items() if wanted)
-        raise ConfigError(
-            f"--attention-backend is {ATTENTION_BACKEND}, which does not support {features}, and "
-            f"{type(model).__name__} needs it; name another backend, for example torch_native"
-        )
 
 
 @dataclass(frozen=True, slots=True)

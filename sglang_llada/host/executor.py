@@ -1,13 +1,14 @@
 """Rows to forward to decisions: builds the host's ForwardBatch directly from a plan and reads back what a step decided.
 
-One host-to-device copy in (everything that a step must know of its rows, as one table) and one device-to-host read out
-per step. Logits exist only for open positions; FILL and SEAL rows run the layers and nothing else. A step that fits a
-captured CUDA graph decides inside it (graphs.py), every other one right after its forward.
+One host-to-device copy in (everything that a step must know of its rows, as one table) and one device-to-host copy out
+per step, both asynchronous: a step may be launched before the one before it is read, whose outcome its rows then take
+from `Decider.last`. Logits exist only for open positions; FILL and SEAL rows run the layers and nothing else. A step
+that fits a captured CUDA graph decides inside it (graphs.py), every other one right after its forward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
@@ -23,14 +24,29 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
-from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind
-from sglang_llada.config import DecodeConfig
+from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind, most_rows
+from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack
 from sglang_llada.decode.sampling import uniform
 from sglang_llada.decode.whole import Group, order, report
-from sglang_llada.host.arguments import facts_of
-from sglang_llada.host.rows import Flags, Outcome, Rows, Writer, may_edit, offsets, send
+from sglang_llada.host.arguments import facts_of, row_budget
+from sglang_llada.host.rows import (
+    SLOT,
+    SOURCE,
+    START,
+    Flags,
+    Numbers,
+    Outcome,
+    Rows,
+    Writer,
+    algorithms,
+    changeable,
+    is_live,
+    may_edit,
+    offsets,
+    unfold,
+)
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 
@@ -43,20 +59,37 @@ class InFlight:
         deciding: which of them decide, bool [R].
         patient: of those, the ones of patient requests.
         own: their positions that are not a prompt's, bool [R, T].
-        outcome: what was decided (decide.pack), still on the device; None if no row decides.
+        outcome: what was decided (decide.pack), on its way to the host; None if no row decides.
         replayed: whether a graph ran it.
         groups: requests with more to them than their best tokens.
         reports: the log-probabilities that some of them want, see whole.report().
+        carried: blocks that it took over from a step that was not read, by identity. Where that step finished one, the
+            row in this step sealed it.
     """
 
     plan: Plan
     deciding: Flags
     patient: Flags
     own: Flags
-    outcome: Tensor | None
+    outcome: Coming | None
     replayed: bool
     groups: list[RequestGroup]
     reports: Tensor | None
+    carried: frozenset[int] = field(default=frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A tensor on its way to the host, and what tells that it is there; None where it was there from the start."""
+
+    tensor: Tensor
+    there: Any
+
+    def wait(self) -> Numbers:
+        """Its numbers."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.tensor.numpy()
 
 
 class Decision(NamedTuple):
@@ -139,6 +172,9 @@ class Decider:
         self.block_size = facts.block_size
         self.tokens = tokens_of(facts)
         self.idle = idle(self.block_size, self.tokens)
+        # What the last step made of its rows, int64 [rows, T + 1 + S + 1], as pack() gives it.
+        width = outcome_width(self.block_size, self.idle)
+        self.last = torch.zeros(forward_rows(model_runner), width, dtype=torch.int64, device=model_runner.device)
 
     def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, **options: Any) -> StepOut:
         """As decide(), with its groups and codes as options."""
@@ -162,6 +198,7 @@ class Executor:
         self.block_size = decider.block_size
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
+        self.graphs = model_runner.decode_cuda_graph_runner
         self.offsets = torch.arange(self.block_size, device=self.device)
         self.writer = Writer(self.block_size, decider.idle)
         # Which tokens end some request, or stand for logits that are not finite (-1). Where they are another request's
@@ -180,11 +217,11 @@ class Executor:
             plan: its rows; none on a rank that takes part for the sake of the others' experts.
             of_ranks: under DP attention, the rows of each of its ranks in this forward.
         """
-        planned = plan.rows
+        planned, T = plan.rows, self.block_size
         written = self.writer.write(plan)
-        rows = send(written, self.block_size, self.req_to_token.shape[1], self.device)
-        batch = self.forward_batch(rows, of_ranks)
-        batch.step_table = rows.table  # for the graph runner
+        batch = self._batch(written, of_ranks)
+        if self.graphs is None or not self.graphs.unfolds(len(planned)):
+            self._unfold(batch)
         output = self.runner.forward(batch)
         # From here on the device works: what read() will want to know is worked out now.
         self.writer.follow(plan, written)
@@ -192,37 +229,51 @@ class Executor:
         asking = self._groups(special) if special else []
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
-        begins = np.array([self.block_size if row.block is None else row.block.given for row in planned])
-        deciding = begins < self.block_size
+        begins = np.array([T if row.block is None else row.block.given for row in planned])
+        deciding = begins < T
         patient = np.array([row.request.patient for row in planned], bool) & deciding
-        decided = None
+        decided = outcome = None
+        trace = any(row.request.noted for _, row in special)
         if deciding.any() and output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
+            outcome = pack(decided, trace=True) if trace else self.decide.last[: len(planned)]
         elif deciding.any():
-            hidden_of_rows = hidden[: len(planned) * self.block_size]
-            options: dict[str, Any] = {"groups": groups, "codes": rows.algorithms}
-            decided = self.decide(hidden_of_rows, rows.ids, rows.table, rows.changeable, **options)
-        trace = any(row.request.noted for _, row in special)
-        outcome = None if decided is None else pack(decided, trace=trace)
+            rows = self._rows_of(batch)
+            options: dict[str, Any] = {"groups": groups, "codes": algorithms(written)}
+            count = changeable(written, T)
+            decided = self.decide(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
+            outcome = pack(decided, trace=trace)
+            self.decide.last[: len(planned)] = outcome[:, : self.decide.last.shape[1]]
         reports = None
         if groups:
-            blocks, unmoved = rows.ids.view(-1, self.block_size), self.offsets.expand(len(planned), -1)
+            blocks, unmoved = self._rows_of(batch).ids.view(-1, T), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
             reports = self.decide.report(hidden, groups, *after)
-        own = offsets(self.block_size) >= begins[:, None]
-        return InFlight(plan, deciding, patient, own, outcome, output.can_run_graph, asking, reports)
+        return InFlight(
+            plan=plan,
+            deciding=deciding,
+            patient=patient,
+            own=offsets(T) >= begins[:, None],
+            outcome=None if outcome is None else to_host(outcome),
+            replayed=output.can_run_graph,
+            groups=asking,
+            reports=reports,
+            carried=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
+        )
 
     def read(self, launched: InFlight) -> Landed | None:
-        """Wait for a step and bring its outcome to the host, its one device-to-host read; None if no row decided."""
+        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided."""
         reports = self._read_reports(launched)
         if launched.outcome is None:
             return None
-        numbers = launched.outcome.cpu().numpy()[: len(launched.deciding)]
+        rows = launched.plan.rows
+        numbers = launched.outcome.wait()[: len(rows)]
         outcome = Outcome(numbers, self.block_size, len(self.decide.idle) - 1 - len(STAYS))
-        self.writer.keep(outcome)
+        deciding = launched.deciding & np.fromiter(map(is_live, rows), bool, len(rows))
+        self.writer.keep(launched.plan, outcome, deciding)
         stops = (self.stops[outcome.ids] & launched.own).any(-1)
-        calm = launched.patient & (outcome.done == 0) & ~stops
-        return Landed(launched.plan.rows, outcome, launched.deciding ^ calm, calm, reports)
+        calm = launched.patient & deciding & (outcome.done == 0) & ~stops
+        return Landed(rows, outcome, deciding ^ calm, calm, reports)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -284,19 +335,18 @@ class Executor:
         vocabulary = self.decide.model.config.vocab_size
         return RequestGroup(request, positions, Group(at, vocabulary, report=replace(wanted, original=True)))
 
-    def forward_batch(self, rows: Rows, of_ranks: list[int] | None = None) -> ForwardBatch:
-        """The host's batch of rows."""
-        T, R = self.block_size, len(rows.starts)
+    def _batch(self, written: Numbers, of_ranks: list[int] | None = None) -> ForwardBatch:
+        """The host's batch of rows, with what is known of it on the host; their numbers are in `written_rows`."""
+        T, R = self.block_size, len(written)
         if R not in self.shapes:
             self.shapes[R] = self._batch_of(R)
         batch = object.__new__(ForwardBatch)  # a copy; its constructor goes through a hundred fields
         vars(batch).update(vars(self.shapes[R]))
-        batch.input_ids, batch.positions = rows.ids, rows.positions
-        batch.req_pool_indices, batch.req_pool_indices_cpu = rows.slot, torch.from_numpy(rows.slots)
-        batch.seq_lens, batch.seq_lens_cpu = rows.end, torch.from_numpy(rows.ends)
-        batch.seq_lens_sum = sum(rows.starts) + R * T
-        batch.extend_prefix_lens, batch.extend_prefix_lens_cpu = rows.start.int(), rows.starts
-        batch.out_cache_loc = self.req_to_token.view(-1).index_select(0, rows.places).long()
+        slots, starts = written[:, SLOT].copy(), written[:, START].copy()
+        batch.written_rows, batch.rows = written, None
+        batch.req_pool_indices_cpu, batch.seq_lens_cpu = torch.from_numpy(slots), torch.from_numpy(starts + T)
+        batch.extend_prefix_lens_cpu = starts.tolist()
+        batch.seq_lens_sum = int(starts.sum()) + R * T
         if of_ranks is not None:
             tokens = [each * T for each in of_ranks]
             batch.is_extend_in_batch = True
@@ -305,12 +355,27 @@ class Executor:
             batch.global_num_tokens_cpu = batch.global_num_tokens_for_logprob_cpu = tokens
             batch.global_num_tokens_gpu = torch.tensor(tokens, device=self.device)
             batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
-        self.runner.kv_index_translator.bind_own_plan(batch)
         # As the host's _init_num_token_non_padded, which asks anew each time.
         batch.global_num_token_non_padded_cpu = R * T
         if self.counts_tokens:
             batch.global_num_token_non_padded = torch.tensor(R * T, dtype=torch.int32).to(self.device)
         return batch
+
+    def _unfold(self, batch: ForwardBatch) -> None:
+        """Give a batch its tensors, where no graph makes them for itself."""
+        rows = self._rows_of(batch)
+        batch.input_ids, batch.positions, batch.out_cache_loc = rows.ids, rows.positions, rows.loc
+        batch.req_pool_indices, batch.seq_lens = rows.slot, rows.end
+        batch.extend_prefix_lens = rows.start.int()
+        self.runner.kv_index_translator.bind_own_plan(batch)
+
+    def _rows_of(self, batch: ForwardBatch) -> Rows:
+        """The batch's rows on the device. Rows with a source are asked for before the forward, which replaces it."""
+        if batch.rows is None:
+            carries = bool((batch.written_rows[:, SOURCE] >= 0).any())
+            packed = to_device(batch.written_rows, self.device)
+            batch.rows = unfold(packed, self.decide.last, self.req_to_token, self.block_size, carries=carries)
+        return batch.rows
 
     def _batch_of(self, rows: int) -> ForwardBatch:
         """What is the same in all batches of so many rows."""
@@ -332,6 +397,36 @@ class Executor:
             extend_seq_lens_cpu=[T] * R,
             extend_logprob_start_lens_cpu=[T] * R,
         )
+
+
+def forward_rows(model_runner: Any) -> int:
+    """The most rows that a forward of this model may have."""
+    args = model_runner.server_args
+    block_size = facts_of(args.model_path, args.revision).block_size
+    each = MOST_WINDOW + MOST_LIVE_BLOCKS
+    return most_rows(model_runner.req_to_token_pool.size, row_budget(args.chunked_prefill_size, block_size), each)
+
+
+def outcome_width(block_size: int, idle: list[int]) -> int:
+    """Columns of an outcome without a trace: T + 1 + S + 1."""
+    return block_size + len(idle) - len(STAYS) + 1
+
+
+def to_device(numbers: Numbers, device: Any) -> Tensor:
+    """The numbers on the device. A copy from pageable memory would first wait for all that is enqueued there."""
+    host = torch.from_numpy(numbers)
+    return host if torch.device(device).type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Coming:
+    """Begin to copy a tensor to the host, behind what is enqueued now and before what comes next."""
+    if tensor.device.type == "cpu":
+        return Coming(tensor.clone(), None)  # the next step may write where it lies
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.get_device_module(tensor.device).Event()
+    there.record()
+    return Coming(host, there)
 
 
 def tokens_of(facts: CheckpointFacts) -> Tokens:

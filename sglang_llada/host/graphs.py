@@ -15,17 +15,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from torch import Tensor
 
-from sglang_llada.blocks import most_rows
-from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW
 from sglang_llada.decode.contract import StepOut
-from sglang_llada.host.arguments import facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider
+from sglang_llada.decode.decide import pack
+from sglang_llada.host.arguments import is_ours
+from sglang_llada.host.attention import KernelAttention
+from sglang_llada.host.executor import Decider, forward_rows, to_device
+from sglang_llada.host.rows import WRITTEN, Numbers, unfold
 
 
 @dataclass(kw_only=True)
@@ -37,12 +39,13 @@ class StepOutput(LogitsProcessorOutput):
 
 
 class RowGraphRunner(DecodeCudaGraphRunner):
-    """Captures and replays steps; `table` is where a replay reads the records of its rows (decode/decide.py)."""
+    """Captures and replays steps; a replay begins with `packed`, the numbers of its rows (rows.py)."""
 
-    table: Tensor
+    packed: Tensor
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
         self.decide = Decider(model_runner)
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
         # Of no size: the host would keep logits for all rows, captured positions x V in fp32, and nobody reads them.
         model_runner.graph_shared_output = GraphSharedOutput(device=model_runner.device, max_rows=0)
         with slots_for(model_runner, graph_rows(model_runner)):
@@ -51,29 +54,56 @@ class RowGraphRunner(DecodeCudaGraphRunner):
     def _next_token_logits_buffer_capacity_rows(self, max_num_tokens: int) -> int:
         return 0
 
+    def unfolds(self, rows: int) -> bool:
+        """Whether a step of so many rows needs nothing but their numbers: its graph makes all other inputs of them."""
+        planned = not isinstance(self.attn_backend, KernelAttention)
+        return rows <= self.max_bs and not planned and not self.require_gathered_buffer
+
     def capture(self) -> None:
         """Called by the host's constructor, before the first size is captured."""
-        self.idle = torch.tensor(self.decide.idle, device=self.device)
-        self.table = self.idle.repeat(self.max_bs, 1)
+        self.idle = idle_row(self.decide)
+        self.packed = torch.from_numpy(self.idle).repeat(self.max_bs, 1).to(self.device)
         super().capture()
 
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *labels: Any) -> None:
-        """As the host, with the decisions of `size` rows after the model's forward."""
-        table = self.table[:size]
+        """As the host; before the model's forward, its inputs from `packed`, and after it the rows' decisions."""
+        packed, last = self.packed[:size], self.decide.last
 
-        def step(input_ids: Tensor, positions: Tensor, forward_batch: Any) -> StepOutput:
-            hidden = forward(input_ids, positions, forward_batch).hidden_states
-            decided = self.decide(hidden, input_ids, table, input_ids.shape[0])
+        def step(input_ids: Tensor, positions: Tensor, batch: Any) -> StepOutput:
+            rows = unfold(packed, last, self.req_to_token, self.decide.block_size)
+            for static, value in (
+                (input_ids, rows.ids),
+                (positions, rows.positions),
+                (batch.out_cache_loc, rows.loc),
+                (batch.req_pool_indices, rows.slot),
+                (batch.seq_lens, rows.end),
+            ):
+                static.copy_(value)
+            hidden = forward(input_ids, positions, batch).hidden_states
+            decided = self.decide(hidden, rows.ids, rows.table, input_ids.shape[0])
+            last[:size].copy_(pack(decided))
             return StepOutput(hidden_states=hidden, decided=decided)
 
         super().capture_one_shape(size, step, *labels)
 
     def load_batch(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> None:
-        """As the host; and the records of the batch's rows, the rest of the size idle."""
-        super().load_batch(forward_batch, pp_proxy_tensors)
+        """The rows' numbers, padded with idle ones, in one copy; and what the host does where that is not enough."""
         rows = forward_batch.batch_size
-        self.table[:rows].copy_(forward_batch.step_table)
-        self.table[rows : self.bs] = self.idle
+        if self.unfolds(rows):
+            self.bs, self.raw_bs = self._pad_to_bucket(rows, self.capture_bs), rows
+            self.raw_num_token = rows * self.captured_req_width
+            self._set_dp_real_num_tokens(self.raw_num_token)
+            size = self._capture_graph_size(bs=self.bs, num_tokens=self.bs * self.captured_req_width)
+            self._replay_graph_key = self._make_graph_key(size)
+        else:
+            super().load_batch(forward_batch, pp_proxy_tensors)
+        written = np.concatenate((forward_batch.written_rows, self.idle.repeat(self.bs - rows, 0)))
+        self.packed[: self.bs].copy_(to_device(written, self.device), non_blocking=True)
+
+
+def idle_row(decide: Decider) -> Numbers:
+    """A row that pads a captured size, [1, T + K + 3]: decides nothing, in the slot that the host keeps for padding."""
+    return np.array([[0] * decide.block_size + decide.idle + [0, 0, WRITTEN]], np.int64)
 
 
 def graph_runner_class(chosen: type, model_runner: Any) -> type:
@@ -87,14 +117,6 @@ def build_attention(original: Callable[..., None], model_runner: Any) -> None:
         return original(model_runner)
     with slots_for(model_runner, forward_rows(model_runner)):
         return original(model_runner)
-
-
-def forward_rows(model_runner: Any) -> int:
-    """The most rows that a forward of this model may have."""
-    args = model_runner.server_args
-    block_size = facts_of(args.model_path, args.revision).block_size
-    each = MOST_WINDOW + MOST_LIVE_BLOCKS
-    return most_rows(model_runner.req_to_token_pool.size, row_budget(args.chunked_prefill_size, block_size), each)
 
 
 def graph_rows(model_runner: Any) -> int:

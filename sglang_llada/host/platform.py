@@ -13,7 +13,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sglang_llada.config import read_replay
+from sglang_llada.config import REPLAY_VARIABLE, read_switch
 
 ATTENTION_BACKEND = "llada_rows"
 # Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
@@ -28,7 +28,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def __init__(self) -> None:
-        self.replays = read_replay(os.environ)
+        self.replays = read_switch(os.environ, REPLAY_VARIABLE, default=False)
         self.capabilities = PlatformCapabilities(graph_capture=self.replays)
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
@@ -56,10 +56,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers import dp_attention
         from sglang.srt.model_executor import forward_batch_info
 
-        from sglang_llada.host import cpu_attention
+        from sglang_llada.host import attention
         from sglang_llada.host.recording import kernel
 
-        cpu_attention.register()
+        attention.register()
         # The host has torch code for both, which it takes on its own CPU engine only.
         dp_attention.memcpy_func = kernel(dp_attention.memcpy_cpu)
         forward_batch_info._is_cpu = True

@@ -23,6 +23,7 @@ from sglang_llada.errors import IntegrityError
 from sglang_llada.host.arguments import is_ours
 from sglang_llada.host.graphs import RowGraphRunner
 from sglang_llada.host.recording import Recording, kernel, recording, tensors
+from sglang_llada.host.rows import SLOT
 
 POISON_TOKEN, POISON_FIELD = 1, 7  # for what padded rows are given
 
@@ -112,8 +113,8 @@ class ReplayBackend(BaseCudaGraphBackend):
         runner = self.runner
         size, block_size = runner.bs, runner.decide.block_size
         self.padding = slice(rows * block_size, size * block_size)
-        runner.buffers.input_ids[self.padding] = POISON_TOKEN
-        runner.table[rows:size] = POISON_FIELD
+        runner.packed[rows:size, :block_size] = POISON_TOKEN
+        runner.packed[rows:size, block_size:SLOT] = POISON_FIELD
 
     def _poison_hidden(self, module: Any, args: Any, hidden: Tensor) -> None:
         poison(hidden, self.padding)

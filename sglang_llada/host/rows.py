@@ -1,9 +1,10 @@
 """The rows of a forward as numbers, in one copy to the device.
 
-A row is its tokens, its record (decode/decide.py), its request's place in the host's req_to_token table and its first
-position. What a step gives back of a row is what the next one is told of it, so rows whose block goes on are taken from
-there as they are, and only those of new blocks, of blocks that the host has changed, and of known tokens are written
-out.
+A row is its tokens, its record (decode/decide.py), its request's place in the host's req_to_token table, its first
+position and its source. What a step gives back of a row is what the next one is told of it. A row whose block goes on
+while that step is not read yet is therefore taken from the step's outcome where it lies, on the device: its source says
+which row it was there. All others are written out here, from what the host knows: of rows that went on and were read,
+as they came back; of new blocks, of blocks that the host has changed and of known tokens, from the request.
 """
 
 from __future__ import annotations
@@ -25,48 +26,50 @@ from sglang_llada.decode.decide import ALGORITHM_COLUMN, EDITABLE_COLUMN, OPEN_C
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
+WRITTEN = -1  # the source of a row that is written out
+PLACE = ("slot", "start", "source")  # the last columns of a row
+SLOT, START, SOURCE = range(-len(PLACE), 0)
+
 
 class Rows(NamedTuple):
-    """R rows of T tokens: what the device gets, and what the host keeps of it.
+    """R rows of T tokens on the device.
 
-    ids, positions: int64 [R * T]. places: int64 [R * T], where in a flat req_to_token it is told where their KV goes.
-    table: int64 [R, K], their records. slot, start, end: int64 [R], where each one's request stands in req_to_token,
-    its first position, and the one behind its last. All these are on the device, the others on the host.
+    ids, positions, loc: int64 [R * T]; loc: where in the KV pool each one's KV goes. table: int64 [R, K], their
+    records. slot, start, end: int64 [R], where each one's request stands in req_to_token, its first position, and the
+    one behind its last.
     """
 
     ids: Tensor
     positions: Tensor
-    places: Tensor
+    loc: Tensor
     table: Tensor
     slot: Tensor
     start: Tensor
     end: Tensor
-    records: Numbers
-    slots: Numbers
-    ends: Numbers
-    starts: list[int]
-
-    @property
-    def algorithms(self) -> set[int]:
-        """The codes of those that any row asks for, idle ones included."""
-        return set(self.records[:, ALGORITHM_COLUMN].tolist())
-
-    @property
-    def changeable(self) -> int:
-        """Positions that are open or may be edited."""
-        return sum(map(int.bit_count, (self.records[:, OPEN_COLUMN] | self.records[:, EDITABLE_COLUMN]).tolist()))
 
 
-def send(written: Numbers, block_size: int, width: int, device: Any) -> Rows:
-    """Rows as Writer.write() gives them on the device; width: of req_to_token."""
-    R, T, K = len(written), block_size, written.shape[1] - block_size - 2
-    tokens, records, slot, start = written[:, :T], written[:, T:-2], written[:, -2], written[:, -1]
-    end, positions = start + T, start[:, None] + offsets(T)
-    places = positions + (slot * width)[:, None]
-    parts = (tokens.ravel(), positions.ravel(), places.ravel(), records.ravel(), slot, start, end)
-    packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    ids, at, to, table, slots, starts, ends = packed.split_with_sizes((R * T, R * T, R * T, R * K, R, R, R))
-    return Rows(ids, at, to, table.view(R, K), slots, starts, ends, records, slot, end, start.tolist())
+def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, *, carries: bool = True) -> Rows:
+    """Rows from their numbers on the device: the same eagerly and inside a CUDA graph.
+
+    A row whose block turns out to be done, when it goes on, seals it: its KV is what counts, and nobody asks what the
+    step makes of it.
+
+    Args:
+        packed: int64 [R, T + K + 3], as Writer.write() gives them.
+        last: the outcome of the step before this one, int64 [at least its rows, T + 1 + S + 1].
+        req_to_token: the host's table, [slots, positions].
+        carries: whether some row may have a source; a graph does not know.
+    """
+    T, width = block_size, last.shape[1] - 1  # of what goes on: T + 1 + S
+    slot, start, source = packed[:, SLOT:].unbind(-1)
+    ids, table = packed[:, :T], packed[:, T:SLOT]
+    if carries:
+        from_last = last.index_select(0, source.clamp(min=0))[:, :width]
+        begin = torch.where(source[:, None] >= 0, from_last, packed[:, :width])
+        ids, table = begin[:, :T], torch.cat((begin[:, T:], packed[:, width:SLOT]), dim=-1)
+    positions = start[:, None] + torch.arange(T, device=packed.device)
+    loc = req_to_token.view(-1).index_select(0, (positions + (slot * req_to_token.shape[1])[:, None]).view(-1)).long()
+    return Rows(ids.reshape(-1), positions.view(-1), loc, table.contiguous(), slot, start, start + T)
 
 
 class Outcome(NamedTuple):
@@ -107,56 +110,88 @@ class Outcome(NamedTuple):
 
 
 class Writer:
-    """Writes the rows of plan after plan, int64 [R, T + K + 2]: tokens, record, slot of the request, first position."""
+    """Writes the rows of plan after plan, int64 [R, T + K + 3]: tokens, record, and PLACE."""
 
     def __init__(self, block_size: int, idle: list[int]) -> None:
         """`idle`: the record of a row that decides nothing."""
         self.block_size, self.idle = block_size, idle
-        self.planned: list[Row] = []
-        self.rows: Numbers = np.empty((0, block_size + len(idle) + 2), np.int64)
+        self.plan = Plan([])  # of the last step launched
+        self.rows: Numbers = np.empty((0, block_size + len(idle) + len(PLACE)), np.int64)  # its rows
+        self.read = True  # whether they are what that step made of them
         # Where in those each block's row stands that goes on as the step left it; by the identities of the blocks,
-        # which `planned` keeps.
+        # which `plan` keeps.
         self.row_of: dict[int, int] = {}
 
     def follow(self, plan: Plan, written: Numbers) -> None:
-        """Note which rows a step has."""
-        self.planned, self.rows = plan.rows, written
+        """Note which rows a launched step has."""
+        self.plan, self.rows, self.read = plan, written, False
         self.row_of = {
             id(row.block): r
             for r, row in enumerate(plan.rows)
             if row.block is not None and not row.block.done  # whose state stays fresh
         }
 
-    def keep(self, outcome: Outcome) -> None:
-        """Note what it made of them: what was written becomes what is to be written next."""
+    def keep(self, plan: Plan, outcome: Outcome, live: Flags) -> None:
+        """Note what a step made of its rows: what was written becomes what is to be written next.
+
+        Args:
+            live: of which rows the block was live when they were decided; the others do not go on. [R]
+        """
+        if plan is not self.plan:
+            return  # the step after it is launched, and took them on the device
         carried = outcome.carried
         self.rows[:, : carried.shape[1]] = carried
-        for r in outcome.done.nonzero()[0].tolist():
-            self.forget(self.planned[r].block)
+        self.read = True
+        for r in ((outcome.done == 1) | ~live).nonzero()[0].tolist():
+            self.forget(plan.rows[r].block)
 
     def forget(self, block: Block | None) -> None:
         """The block does not go on as the step left it, or not where it was."""
         self.row_of.pop(id(block), None)
 
     def write(self, plan: Plan) -> Numbers:
-        """The rows of a plan."""
-        source = list(map(self.row_of.get, map(id, map(BLOCK, plan.rows)), repeat(-1)))
-        new = [r for r, kept in enumerate(source) if kept < 0]
-        if not new:
-            return self.rows[source]
-        flat: list[int] = []
-        for i, r in enumerate(new, len(self.rows)):
-            source[r] = i
-            request, _, start, block = plan.rows[r]
-            if block is None:
-                flat += request.tokens_at(start)
-                flat += self.idle
-            else:
-                flat += block.tokens
-                flat += record(block.open, may_edit(request, block), request.numbers, block.state)
-            flat += request.slot, start
-        added = np.frombuffer(array("q", flat), np.int64).reshape(len(new), -1)
-        return np.concatenate((self.rows, added))[source]
+        """The rows of a plan. If the last step is not read, those of its live blocks get it as their source."""
+        rows = plan.rows
+        origin = list(map(self.row_of.get, map(id, map(BLOCK, rows)), repeat(WRITTEN)))
+        if not self.read:
+            origin = [r if is_live(row) else WRITTEN for r, row in zip(origin, rows, strict=True)]
+        source = WRITTEN if self.read else np.array(origin, np.int64)
+        new = [r for r, kept in enumerate(origin) if kept == WRITTEN]
+        written = self.rows
+        if new:
+            flat: list[int] = []
+            for i, r in enumerate(new, len(written)):
+                origin[r] = i
+                request, _, start, block = rows[r]
+                if block is None:
+                    flat += request.tokens_at(start)
+                    flat += self.idle
+                else:
+                    flat += block.tokens
+                    flat += record(block.open, may_edit(request, block), request.numbers, block.state)
+                flat += request.slot, start, WRITTEN
+            added = np.frombuffer(array("q", flat), np.int64).reshape(len(new), -1)
+            written = np.concatenate((written, added))
+        written = written[origin]
+        written[:, SOURCE] = source
+        return written
+
+
+def is_live(row: Row) -> bool:
+    """Whether the row's block is live now: it may have left since the row was planned, or be begun early."""
+    blocks = row.request.blocks
+    return blocks[0].start <= row.start <= blocks[-1].start
+
+
+def algorithms(written: Numbers) -> set[int]:
+    """The codes of those that any row asks for, idle ones included."""
+    return set(written[:, ALGORITHM_COLUMN + SLOT].tolist())
+
+
+def changeable(written: Numbers, block_size: int) -> int:
+    """Positions that are open or may be edited; of rows with a source at most so many, since nothing is added."""
+    sets = written[:, block_size + OPEN_COLUMN] | written[:, EDITABLE_COLUMN + SLOT]
+    return sum(map(int.bit_count, sets.tolist()))
 
 
 def may_edit(request: Request[DecodeConfig], block: Block) -> int:

@@ -10,13 +10,20 @@ step, take those of its decisions that the next one's rows depend on, launch tha
 book what was decided (finish states, stop strings, streaming, radix insertion), while the device works. Where the
 device is the CPU itself, booking comes before the launch, since nothing overlaps and the client would wait a step
 longer.
+
+Where all that the next step's rows need lies on the device, it is launched before the last step is read, so that the
+device never waits for the host (`_launch_ahead`). A row whose block the last step finishes is then in the next one,
+with nothing open, and seals the block; the block behind it begins in that same step if its row was added because the
+end was in sight, else one step later. A row that was added too early is thrown away.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
@@ -39,12 +46,12 @@ from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowKind, Rules, Table, next_step
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.admission import decode_params, ends_of, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, tokens_of
+from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
@@ -74,18 +81,22 @@ class LladaScheduler(Scheduler):
         self.fresh = fresh(facts.block_size, tokens_of(facts))
         self.table = Table()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
-        self.in_flight: InFlight | None = None
+        self.flights: deque[InFlight] = deque()  # launched steps, at most two, of which all but the last are not read
         self.landed: Landed | None = None  # the last step, with decisions that are not taken yet
         self.going_on: list[Row] = []  # of the last step, rows that the next one has too
         self.unbooked: list[Request[DecodeConfig]] = []  # with decisions that the outside has not been told of
         self.stop_ids: frozenset[int] = frozenset()  # of all requests so far
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
-        self.overlaps = self.device != "cpu"  # whether a launched step runs by itself
+        # Whether a launched step runs by itself. A replay on the CPU is to be told what a device is.
+        self.overlaps = self.device != "cpu" or read_switch(os.environ, REPLAY_VARIABLE, default=False)
+        self.runs_ahead = self.overlaps and read_switch(os.environ, AHEAD_VARIABLE, default=True)
         self.replayed = self.eager = 0  # steps
         self.attention_ranks = get_parallel().attn_dp_size
         context = self.metrics_collector_context
         self.metrics = Metrics(context.collector.labels) if context.current_scheduler_metrics_enabled else None
-        self.executor = Executor(self.tp_worker.model_runner, Decider(self.tp_worker.model_runner))
+        runner = self.tp_worker.model_runner
+        graphs = runner.decode_cuda_graph_runner
+        self.executor = Executor(runner, Decider(runner) if graphs is None else graphs.decide)
         self.running_batch.forward_mode = ForwardMode.DLLM_EXTEND
         # Checkpoints without a generation_config name their stop tokens in the tokenizer only.
         self.model_config.hf_eos_token_id = set(self.model_config.hf_eos_token_id or ()) | set(facts.stop_ids)
@@ -122,11 +133,12 @@ class LladaScheduler(Scheduler):
 
     def _turn(self) -> None:
         self._admit_waiting()
-        busy = self.in_flight is not None
+        busy = bool(self.flights)
+        ahead = self._launch_ahead()
         self._read()
         self._end_aborted()
         if self.overlaps:
-            busy |= self._launch()
+            busy |= ahead or self._launch()
             self._book()
         else:
             self._book()
@@ -141,10 +153,10 @@ class LladaScheduler(Scheduler):
             self.on_idle()
 
     def _read(self) -> None:
-        """Stage: read the step in flight and take what the next one depends on; everything else is booked later."""
-        if self.in_flight is None:
+        """Stage: read the oldest step in flight and take what the next one depends on; the rest is booked later."""
+        if not self.flights:
             return
-        self.landed, self.in_flight = self.executor.read(self.in_flight), None
+        self.landed = self.executor.read(self.flights.popleft())
         if self.landed is not None:
             self.going_on = self.landed.going_on
             self._take(self.landed.decisions(self.landed.urgent))
@@ -166,7 +178,10 @@ class LladaScheduler(Scheduler):
                 continue
             if not request.plain and (blocks := self._conform(request, blocks)) is None:
                 continue
+            first = request.blocks[0]
             request.decide(blocks)
+            if self.flights and id(first) in self.flights[-1].carried and request.filled == first.start:
+                self._note_sealed(request)
             if request.params.stream_mode == "denoise":
                 self.output_streamer.keep_snapshot(request)
             self.unbooked.append(request)
@@ -187,36 +202,63 @@ class LladaScheduler(Scheduler):
         self.reqs[request.rid].to_finish = FINISH_ABORT(reason, HTTPStatus.BAD_REQUEST)
         return None
 
+    def _note_sealed(self, request: Request[DecodeConfig]) -> None:
+        """The first block was live in the step that is read, and is in the next one too: if it left, that sealed it."""
+        if request.phase is Phase.DECODING and request.filled < request.live_from:
+            request.fill(1)
+
+    def _launch_ahead(self) -> bool:
+        """Stage: launch the next step before the last one is read, if its rows need nothing of that on the host."""
+        if not self.runs_ahead or len(self.flights) != 1 or self.attention_ranks > 1:
+            return False
+        rows = rows_ahead(self.flights[0].plan)
+        if rows is None:
+            return False
+        plan = next_step(self.table, self.row_budget, rows)
+        if not plan.rows or not self._ensure_rows(plan.rows):
+            return False
+        self._enqueue(plan, [len(plan.rows)])
+        return True
+
     def _launch(self) -> bool:
         """Stage: plan the next step and enqueue it."""
         plan = self._plan()
         rows = self._rows_of_ranks(len(plan.rows))
         if not any(rows):
             return False
+        self._enqueue(plan, rows)
+        return True
+
+    def _enqueue(self, plan: Plan, rows: list[int]) -> None:
         self.forward_ct += 1
         self.cur_batch_for_debug = self.running_batch
         self._sched_idled = False
         self.metrics_reporter.record_scheduler_active(time.monotonic_ns())
         self.profiler_manager._profile_batch_predicate(self.running_batch)
-        self.in_flight, self.going_on = self.executor.launch(plan, rows if len(rows) > 1 else None), []
-        self._count_step(self.in_flight)
+        step = self.executor.launch(plan, rows if len(rows) > 1 else None)
+        self.flights.append(step)
+        self.going_on = []
+        self._count_step(step)
         self.table.advance(plan)
         self.new_token_ratio_tracker.decay_step()
-        return True
 
     def _plan(self) -> Plan:
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
             going_on = [row for row in self.going_on if row.request.phase is Phase.DECODING]
             plan = next_step(self.table, self.row_budget, going_on)
-            T, others = self.facts.block_size, plan.rows[len(going_on) :]
-            reach = {row.request.rid: row.start + T for row in others if row.start >= row.request.room}
-            if not reach or self._ensure_pages(reach):
+            if self._ensure_rows(plan.rows[len(going_on) :]):
                 return plan
             if self.unbooked or self.landed is not None:
                 self._book()  # may end requests and so free pages
             else:
                 self._retract_one()
+
+    def _ensure_rows(self, rows: list[Row]) -> bool:
+        """Pages for all of these rows that have none yet; False if the pool is too full."""
+        T = self.facts.block_size
+        reach = {row.request.rid: row.start + T for row in rows if row.start >= row.request.room}
+        return not reach or self._ensure_pages(reach)
 
     def _rows_of_ranks(self, mine: int) -> list[int]:
         """Rows that each DP attention rank has for the next forward: all take part, or none does."""
@@ -409,7 +451,7 @@ class LladaScheduler(Scheduler):
             return False
         slots = np.repeat([request.slot for request, _ in grown], [upto - request.room for request, upto in grown])
         positions = np.concatenate([np.arange(request.room, upto) for request, upto in grown])
-        slot, position = torch.from_numpy(np.stack((slots, positions))).to(self.device, non_blocking=True)
+        slot, position = to_device(np.stack((slots, positions)), self.device)
         self.req_to_token_pool.write((slot, position), pages.int())
         for request, upto in grown:
             kv = self.reqs[request.rid].kv
@@ -455,9 +497,9 @@ class LladaScheduler(Scheduler):
 
     def _share(self) -> None:
         """Stage: insert what a launched step fills of prompts into the radix tree, for whoever is admitted next."""
-        if self.in_flight is None:
+        if not self.flights:
             return
-        T, plan = self.facts.block_size, self.in_flight.plan
+        T, plan = self.facts.block_size, self.flights[-1].plan
         for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
             req = self.reqs.get(rid)  # None if it has ended meanwhile
             if req is not None:
@@ -551,7 +593,9 @@ class LladaScheduler(Scheduler):
 
     def _settle(self) -> None:
         """Read and book everything, so that nothing is in flight."""
-        self._read()
+        while self.flights:
+            self._read()
+            self._take_rest()
         self._end_aborted()
         self._book()
 
@@ -601,11 +645,31 @@ class LladaScheduler(Scheduler):
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         """As the host; a step in flight is work too."""
-        return self.in_flight is None and super().is_fully_idle(for_health_check, ignore_waiting)
+        return not self.flights and super().is_fully_idle(for_health_check, ignore_waiting)
 
     def _held(self) -> dict[str, int]:
         """Positions that each request has pages for, as the host's records say."""
         return {rid: req.kv.kv_allocated_len for rid, req in self.reqs.items()}
+
+
+def rows_ahead(plan: Plan) -> list[Row] | None:
+    """The rows of a step that is not read which the next one has too, and those of blocks that are about to begin.
+
+    None if some request must be read first: one that needs the host between its steps, or has several live blocks.
+    """
+    rows: list[Row] = []
+    for row in plan.rows:
+        request = row.request
+        if row.block is None or request.phase is not Phase.DECODING:
+            continue
+        if not request.single:
+            return None
+        if row.start != request.live_from:
+            continue  # sealed by that step, or begun too early in it
+        rows.append(row)
+        if request.may_finish_block and (block := request.block_after()) is not None:
+            rows.append(Row(request, RowKind.DENOISE, block.start, block))
+    return rows
 
 
 def ends_by_text(req: Any) -> bool:

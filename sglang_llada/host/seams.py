@@ -71,6 +71,7 @@ LAZY_MODELS = "the host has an entry point group for models"
 NAMED_ALGORITHMS = "the host has a registry of diffusion algorithms"
 ROW_PLANS = "the host has a batch whose rows may be several blocks of one request"
 CPU_ENGINE = "the released wheel has the host's CPU kernels"
+NO_PLAN = "the host has attention of diffusion rows that needs no plan"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 
 
@@ -537,7 +538,23 @@ SEAMS: tuple[Seam, ...] = (
          "none beyond the basic ones", PLUGIN_API),
     # CPU attention and experts
     Seam("sglang.srt.layers.attention.attention_registry:register_attention_backend", Kind.USE, "(name)",
-         "makes --attention-backend llada_rows resolve", CPU_ENGINE),
+         "makes --attention-backend llada_rows resolve", NO_PLAN),
+    Seam("sglang.srt.arg_groups.choices:add_attention_backend_choices", Kind.USE, VALUE,
+         "makes the command line accept it", NO_PLAN),
+    Seam("sglang.srt.arg_groups.overrides:_dllm_attention_backend", Kind.USE, "(view)",
+         "would make any backend that our algorithms do not name flashinfer", NO_PLAN),
+    Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.needs_cpu_seq_lens", Kind.REPLACE, VALUE,
+         "lengths stay on the device", NO_PLAN),
+    *fields("sglang.srt.layers.radix_attention:RadixAttention",
+            "layer_id tp_q_head_num tp_k_head_num qk_head_dim v_head_dim scaling k_scale v_scale k_scale_float "
+            "v_scale_float attn_type",
+            "what a layer asks of its attention", NO_PLAN),
+    *fields("sglang.srt.layers.radix_attention:RadixAttention",
+            "sliding_window_size logit_cap is_cross_attention xai_temperature_len",
+            "refused", NO_PLAN),
+    *fields("sglang.srt.model_executor.model_runner:ModelRunner",
+            "page_size dtype model_config",
+            "sizes of our attention", NO_PLAN),
     Seam("sglang.srt.layers.attention.base_attn_backend:AttentionBackend.init_forward_metadata",
          Kind.USE, "(self, forward_batch)",
          "comes to init_forward_metadata_out_graph unless a graph runs", CPU_ENGINE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sglang_llada.llada2.config import Llada2Config
 
 MASK_TOKEN = "<|mask|>"
 TURN_END = "<|role_end|>"
+MOST_SAID = 240  # characters of an error of other people's code
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,27 @@ class CheckpointFacts:
         return frozenset(token for token in (self.mask_id, self.delete_id, self.split_id) if token is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A token id and the place that states it."""
+
+    token: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.token} ({self.where})"
+
+
+@dataclass(frozen=True, slots=True)
+class StatedIds:
+    """Every place of a checkpoint that states an id, those that count most first."""
+
+    mask: Sequence[Stated]
+    stops: Sequence[Stated]
+    bos: Sequence[Stated]
+    pad: Sequence[Stated]
+
+
 def read_facts(path: str | Path) -> CheckpointFacts:
     """The facts of a checkpoint folder.
 
@@ -49,51 +72,74 @@ def read_facts(path: str | Path) -> CheckpointFacts:
     """
     folder = Path(path)
     config = read_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    file = folder / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return gather(config, tokenizer, generation)
+    return gather(config, read_tokenizer(folder, config), read_generation(folder))
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """config.json of a folder as it stands there."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: there is no config.json")
+    return read_json(file)
 
 
 def read_config(folder: Path) -> Llada2Config:
     """config.json of a folder, checked."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{folder}: there is no config.json")
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    return Llada2Config(**{key: value for key, value in fields.items() if key != "model_type"})
+    return Llada2Config(**{key: value for key, value in read_fields(folder).items() if key != "model_type"})
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a folder; empty if there is none, as in the published 2.0 and 2.1."""
+    file = folder / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def read_tokenizer(folder: Path, config: Llada2Config) -> Any:
+    """The tokenizer of a folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: the tokenizer cannot be read: {shortly(error)}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds {content!r}; needed is a JSON object")
+    return content
+
+
+def shortly(error: Exception) -> str:
+    """What an error says, on one line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= MOST_SAID else said[:MOST_SAID] + " ..."
 
 
 def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> CheckpointFacts:
     """The facts from the three places that may state them.
 
-    The mask id is config.mask_token_id, or the tokenizer's mask token; the published 2.0 configs leave it to the
-    tokenizer. Stop ids are the union of what all three name, and the token that ends a turn.
+    The mask id is config.mask_token_id, or the tokenizer's mask token; the published configs leave it to the
+    tokenizer, where it is an added token and no more. Stop ids are the union of what all three name, and the token that
+    ends a turn.
     """
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    named = config_mask(config)
-    own = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else vocabulary.get(MASK_TOKEN)
-    if named is not None and own is not None and named != own:
-        raise ConfigError(f"mask_token_id is {named} in config.json, but the tokenizer's mask token is {own}")
-    mask_id = named if named is not None else own
-    if mask_id is None:
+    stated = stated_ids(config, tokenizer, generation)
+    if not stated.mask:
         raise ConfigError(
             f"the checkpoint has no mask token: config.json has no mask_token_id, the tokenizer no mask_token and no "
             f"{MASK_TOKEN!r}"
         )
-    stop_ids = {
-        token
-        for source in (
-            config.eos_token_id,
-            generation.get("eos_token_id"),
-            tokenizer.eos_token_id,
-            vocabulary.get(TURN_END),
-        )
-        for token in (source if isinstance(source, list) else [source])
-        if token is not None
-    }
-    if not 0 <= mask_id < config.vocab_size:
-        raise ConfigError(f"mask token id {mask_id} is outside the vocabulary of {config.vocab_size}")
+    if len({each.token for each in stated.mask}) > 1:
+        raise ConfigError(f"the mask token is {', but '.join(map(str, stated.mask))}")
+    mask_id = stated.mask[0].token
+    for each in (*stated.mask[:1], *stated.stops):
+        if not 0 <= each.token < config.vocab_size:
+            name = "mask" if each.token == mask_id else "stop"
+            raise ConfigError(f"{name} token id {each} is outside the vocabulary of {config.vocab_size}")
+    stop_ids = {each.token for each in stated.stops}
     if mask_id in stop_ids:
         raise ConfigError(f"mask token id {mask_id} is also a stop token")
     edit_ids = (config.delete_token_id, config.split_token_id)
@@ -109,9 +155,37 @@ def gather(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> 
     return CheckpointFacts(config.block_size, mask_id, frozenset(stop_ids), config.vocab_size, *edit_ids)
 
 
-def config_mask(config: Llada2Config) -> int | None:
-    """The optional field config.mask_token_id."""
-    value = config.to_dict().get("mask_token_id")
-    if value is not None and not isinstance(value, int):
-        raise ConfigError(f"config.json: mask_token_id is {value!r}; allowed: an integer")
-    return value
+def stated_ids(config: Llada2Config, tokenizer: Any, generation: dict[str, Any]) -> StatedIds:
+    """What config.json, the tokenizer and generation_config.json say of the tokens that are no text."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    has_mask = tokenizer.mask_token_id is not None
+
+    def stated(*places: tuple[Any, str]) -> list[Stated]:
+        return [
+            Stated(token, where)
+            for tokens, where in places
+            for token in (tokens if isinstance(tokens, list) else [tokens])
+            if token is not None
+        ]
+
+    return StatedIds(
+        mask=stated(
+            (config.mask_token_id, "mask_token_id of config.json"),
+            (tokenizer.mask_token_id, "mask_token of the tokenizer"),
+            (None if has_mask else vocabulary.get(MASK_TOKEN), f"token {MASK_TOKEN} of the tokenizer"),
+        ),
+        stops=stated(
+            (config.eos_token_id, "eos_token_id of config.json"),
+            (generation.get("eos_token_id"), "eos_token_id of generation_config.json"),
+            (tokenizer.eos_token_id, "eos_token of the tokenizer"),
+            (vocabulary.get(TURN_END), f"token {TURN_END} of the tokenizer"),
+        ),
+        bos=stated(
+            (config.bos_token_id, "bos_token_id of config.json"),
+            (tokenizer.bos_token_id, "bos_token of the tokenizer"),
+        ),
+        pad=stated(
+            (config.pad_token_id, "pad_token_id of config.json"),
+            (tokenizer.pad_token_id, "pad_token of the tokenizer"),
+        ),
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sglang_llada.errors import ConfigError
@@ -157,11 +157,14 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """As read_tensors, without their data; of their types only whether they are 8 bits wide."""
     for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                header = tensors.get_slice(name)
-                dtype = torch.float8_e4m3fn if header.get_dtype().startswith("F8") else None
-                yield name, torch.empty(header.get_shape(), dtype=dtype, device="meta")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    header = tensors.get_slice(name)
+                    dtype = torch.float8_e4m3fn if header.get_dtype().startswith("F8") else None
+                    yield name, torch.empty(header.get_shape(), dtype=dtype, device="meta")
+        except SafetensorError as error:
+            raise ConfigError(f"{file} cannot be read, perhaps because it is not complete: {error}") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -172,6 +175,9 @@ def _files(folder: Path) -> list[Path]:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
         raise ConfigError(f"{folder}: there are no .safetensors files")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ConfigError(f"{folder}: {index.name} names files that are not there: {', '.join(_some(absent))}")
     return [folder / name for name in names]
 
 

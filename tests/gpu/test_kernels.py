@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import decide, in_torch, numbers, pack, record
 from sglang_llada.decode.select import Head, select
+from sglang_llada.llada2 import attention_triton
 from sglang_llada.llada2.router import products, route, route_blocks, split, summed
+from tests.paged import Paged
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +127,54 @@ def test_heads_are_normed_turned_and_written() -> None:
         torch.testing.assert_close(got.cpu().view_as(want).float(), want, rtol=1e-2, atol=1e-2)
     assert torch.equal(pools[0, places.cuda()].flatten(1), k)
     assert torch.equal(pools[1, places.cuda()].cpu(), qkv.view(tokens, -1, width)[:, heads + kv_heads :])
+
+
+@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention(dtype: torch.dtype, splits: int | None) -> None:
+    """Mini's shape: blocks of 32, 16 heads of 128 on 4 KV heads; rows of one request in one forward."""
+    rows = [(0, 8192), (1, 32), (1, 64), (2, 4128), (0, 8160)]
+    paged = Paged.make(rows, length=8192, kv_heads=4, head_size=128, dtype=dtype, device="cuda")
+    got = attended(paged, splits)
+    torch.testing.assert_close(got.double(), paged.attended(), rtol=0, atol={4: 1e-5, 2: 1e-2}[dtype.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_attention_over_kv_of_8_bits(dtype: torch.dtype) -> None:
+    if dtype is torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 takes a card of compute capability 8.9")
+    rows = [(0, 1024), (1, 32)]
+    paged = Paged.make(rows, length=1024, kv_heads=4, head_size=128, dtype=torch.bfloat16, device="cuda")
+    small = replace(paged, keys=paged.keys.to(dtype), values=paged.values.to(dtype))
+    want = replace(small, keys=small.keys.float(), values=small.values.float()).attended()
+    torch.testing.assert_close(attended(small, None).double(), want, rtol=0, atol=1e-2)
+
+
+def test_attention_in_a_graph_follows_the_lengths() -> None:
+    """Captured for short rows, replayed for long ones of other requests."""
+    rows = [(0, 2048), (1, 4096), (2, 32), (0, 64)]
+    paged = Paged.make(rows, length=4096, kv_heads=4, head_size=128, dtype=torch.bfloat16, device="cuda")
+    static = replace(paged, requests=torch.zeros_like(paged.requests), ends=torch.full_like(paged.ends, 32))
+    launcher = launcher_for(static)
+    attended(static, None, launcher)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attended(static, None, launcher)
+    static.requests.copy_(paged.requests)
+    static.ends.copy_(paged.ends)
+    graph.replay()
+    assert torch.equal(out, attended(paged, None))
+
+
+def launcher_for(paged: Paged) -> attention_triton.Device:
+    """As the host's backend makes it, with memory for the splits that tests ask for."""
+    settings = attention_triton.settings_for(paged.q.element_size(), torch.cuda.get_device_capability())
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    return attention_triton.Device.make(settings, max(processors, 256), paged.q.shape[-1], "cuda")
+
+
+def attended(paged: Paged, splits: int | None, launcher: attention_triton.Device | None = None) -> torch.Tensor:
+    """The kernel's answer."""
+    pool = (paged.keys, paged.values, paged.table, paged.requests, paged.ends)
+    on = launcher or launcher_for(paged)
+    return attention_triton.attend(paged.q, *pool, on=on, block=paged.block, scale=paged.scale, splits=splits)

@@ -44,7 +44,7 @@ class Toy:
         self.after = after
         self.embedding = nn.Embedding(50, WIDTH)
         self.buffers = SimpleNamespace(input_ids=torch.zeros(SIZE * T, dtype=torch.int64))
-        self.table = torch.zeros(SIZE, T, dtype=torch.int64)
+        self.packed = torch.zeros(SIZE, 2 * T, dtype=torch.int64)
         self.decide = SimpleNamespace(block_size=T)
         self.bs = SIZE
         self.factor = torch.full((), 2.0)
@@ -202,9 +202,11 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
     decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]  # a stand-in
+    decider.last = torch.zeros(9, T + 4, dtype=torch.int64)  # type: ignore[attr-defined]  # a stand-in
     decider.model = SimpleNamespace(config=SimpleNamespace(vocab_size=50))  # type: ignore[attr-defined]  # a stand-in
     runner = SimpleNamespace(
         device="cpu",
+        decode_cuda_graph_runner=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * T * 2).view(2, -1)),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,

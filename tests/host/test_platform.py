@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sglang_llada.accelerator import PLATFORM
 from sglang_llada.errors import ConfigError
-from sglang_llada.host import arguments, cpu_attention, cpu_experts
+from sglang_llada.host import arguments, attention, cpu_attention, cpu_experts
 from sglang_llada.host.platform import ATTENTION_BACKEND, CpuPlatform
 
 pytestmark = pytest.mark.host
@@ -112,7 +112,7 @@ def attention_layer(**fields: Any) -> LLaDA2MoeModelLM:
 
 
 def test_plain_attention_is_served() -> None:
-    cpu_attention.refuse_unsupported(attention_layer())
+    attention.refuse_unsupported(attention_layer(), causal=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_plain_attention_is_served() -> None:
 )
 def test_attention_beyond_plain_is_refused_by_name(fields: dict[str, Any], feature: str) -> None:
     with pytest.raises(ConfigError, match=f"does not support {feature}, and LLaDA2MoeModelLM needs it"):
-        cpu_attention.refuse_unsupported(attention_layer(**fields))
+        attention.refuse_unsupported(attention_layer(**fields), causal=True)
 
 
 # --- what graph runners and padded batches ask of it ----------------------------------------------------------------

@@ -172,6 +172,73 @@ def filled(arguments: Any, mode: Mode, **given: Any) -> Any:
     return arguments.resolving_view(server_args)
 
 
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends that torch sees a card of a compute capability."""
+    import torch
+
+    return lambda *capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_on_a_gpu_attention_is_ours(arguments: Any, llada2: str, card: Any, capability: tuple[int, int]) -> None:
+    card(*capability)
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cuda")
+    assert args.attention_backend == "llada_rows"
+    from sglang_llada.host.algorithm import OwnAlgorithm
+
+    assert args.attention_backend in OwnAlgorithm.supported_attention_backends  # or graphs would make it flashinfer
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"])
+def test_on_a_gpu_the_users_attention_wins(arguments: Any, llada2: str, card: Any, flag: str) -> None:
+    card(9, 0)
+    given = {"model_path": llada2, "device": "cuda", flag: "flashinfer"}
+    args = filled(arguments, Mode.ON, **given)
+    assert args.attention_backend == given.get("attention_backend")
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "given", "named"),
+    [
+        ((7, 5), 128, {}, "compute capability 7.5"),
+        ((9, 0), 96, {}, "heads of 96"),
+        ((9, 0), 128, {"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+        ((8, 6), 128, {"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 below compute capability 8.9"),
+        ((9, 0), 128, {"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+    ],
+)
+def test_what_our_kernel_does_not_know_is_left_to_the_host_and_named(
+    arguments: Any,
+    llada2: str,
+    card: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    head_dim: int,
+    given: dict[str, Any],
+    named: str,
+) -> None:
+    card(*capability)
+    monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config(head_dim=head_dim))
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", **given)
+    assert args.attention_backend is None
+    assert named in caplog.text
+
+
+def test_fp32_is_refused_on_a_gpu(arguments: Any, llada2: str, card: Any) -> None:
+    card(9, 0)
+    with pytest.raises(ConfigError, match="--dtype is float32"):
+        filled(arguments, Mode.ON, model_path=llada2, device="cuda", dtype="float32")
+
+
+def test_the_command_line_accepts_our_attention(arguments: Any) -> None:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+
+    plugin.register()
+    assert "llada_rows" in ATTENTION_BACKEND_CHOICES
+
+
 def test_model_path_alone_is_enough(arguments: Any, llada2: str) -> None:
     args = filled(arguments, Mode.ON, model_path=llada2)
     assert args.dllm_algorithm == "Threshold"

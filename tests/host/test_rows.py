@@ -33,6 +33,7 @@ class FakeModel:
     """Decides what it is told to."""
 
     block_size, idle = T, idle(T, TOKENS)
+    last = torch.zeros(64, T + 4, dtype=torch.int64)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
     news: list[Decided]
 
@@ -55,6 +56,7 @@ def executor(model: FakeModel) -> Any:
 
     runner = SimpleNamespace(
         device="cpu",
+        decode_cuda_graph_runner=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(SLOTS, 100, dtype=torch.int32)),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=lambda batch: SimpleNamespace(

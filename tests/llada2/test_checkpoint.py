@@ -18,6 +18,8 @@ class FakeTokenizer:
 
     mask_token_id: int | None = None
     eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
     vocabulary: dict[str, int] = field(default_factory=dict)
 
     def get_vocab(self) -> dict[str, int]:
@@ -51,7 +53,7 @@ def test_mask_id_zero_counts() -> None:
 
 
 def test_two_masks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mask_token_id is 5 .* is 6"):
+    with pytest.raises(ConfigError, match=r"mask token is 5 \(mask_token_id of .*\), but 6 \(mask_token of the"):
         gather(make_config(mask_token_id=5), FakeTokenizer(mask_token_id=6), {})
 
 
@@ -67,7 +69,10 @@ def test_a_mask_that_is_no_integer_is_refused() -> None:
 
 @pytest.mark.parametrize("mask", [-1, VOCAB])
 def test_a_mask_outside_the_vocabulary_is_refused(mask: int) -> None:
-    with pytest.raises(ConfigError, match=f"mask token id {mask} is outside the vocabulary of {VOCAB}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"mask token id {mask} .* is outside the vocabulary of {VOCAB}",
+    ):
         gather(make_config(mask_token_id=mask), FakeTokenizer(), {})
 
 

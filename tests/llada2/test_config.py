@@ -37,7 +37,7 @@ def test_defaults_are_those_of_llada2_mini() -> None:
         ({"partial_rotary_factor": 0.2}, "rotary dimension 3"),
         ({"block_size": 0}, "block_size is 0"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace 4"),
-        ({"first_k_dense_replace": -1}, "first_k_dense_replace -1"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace is -1; allowed: an integer from 0"),
         ({"expert_capacity": 48}, "expert_capacity 48 is outside num_experts_per_tok 3 to num_experts 8"),
         ({"n_group": 3}, "n_group 3"),
         ({"n_group": 0}, "n_group 0"),
@@ -45,7 +45,7 @@ def test_defaults_are_those_of_llada2_mini() -> None:
         ({"topk_group": 5}, "topk_group 5"),
         ({"topk_group": 0}, "topk_group 0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is outside 1 to 4"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok 0"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0; allowed: an integer from 1"),
     ],
 )
 def test_a_contradiction_is_refused_by_its_value(wrong: dict[str, Any], named: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sglang_llada.errors import ConfigError
-from sglang_llada.llada2.weights import Ledger, canonical, expected, load_reference
+from sglang_llada.llada2.weights import Ledger, canonical, check_files, expected, load_reference
 from tests.toy import make_checkpoint, make_config, make_model
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -140,6 +140,20 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no \.safetensors files"):
         load_reference(folder)
+
+
+def test_a_file_of_the_index_that_is_not_there_is_named(folder: Path, state: dict[str, Tensor]) -> None:
+    index = {"weight_map": {name: f"{name[0]}.safetensors" for name in state}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"names files that are not there: l\.safetensors, m\.safetensors"):
+        check_files(folder)
+
+
+def test_a_file_that_is_cut_short_is_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        check_files(folder)
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])

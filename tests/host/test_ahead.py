@@ -1,0 +1,251 @@
+"""Steps launched before the one before them is read, against a decode of each request alone: the same tokens.
+
+The model is a hash. What a row decides depends on the tokens whose KV lies in its request's pages when it attends, and
+on nothing else: a block that is begun beside one that is not final, a row that goes on from a wrong one, or KV that is
+not final when it is shared gives other tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from sglang_llada.blocks import Decided, Ending, Phase, Request, Rules
+from sglang_llada.config import DecodeConfig
+from sglang_llada.decode.contract import State, StepOut, Tokens
+from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
+
+pytestmark = pytest.mark.host
+
+T, VOCAB, MASK, EOS = 4, 50, 0, 1
+TOKENS = Tokens(MASK)
+SLOTS, LONGEST, PAGES, BUDGET = 9, 96, 60, 12
+EDITS = 3  # most steps that edit a block with nothing open
+RULES = {
+    "threshold": Rules(),
+    "whole blocks": Rules(whole_blocks=True),
+    "edits": Rules(edits=True, whole_blocks=True, most_steps=T + EDITS + 1),
+}
+
+
+class Made(NamedTuple):
+    """What the model makes of a block: tokens, open set, done, and how many edits it has made."""
+
+    tokens: list[int]
+    open: int
+    done: bool
+    edits: int
+
+
+def model(context: tuple[int, ...], ids: list[int], is_open: int, editable: int, edits: int) -> Made:
+    """The block after a step, from all tokens before it and its own."""
+    rng = random.Random(hash((context, tuple(ids), is_open)))
+    tokens, holes = list(ids), [i for i in range(T) if is_open >> i & 1]
+    for i in rng.sample(holes, rng.randint(1, len(holes)) if holes else 0):
+        tokens[i] = EOS if rng.random() < 0.02 else rng.randrange(2, VOCAB)
+        is_open &= ~(1 << i)
+    if not editable:
+        return Made(tokens, is_open, not is_open, edits)
+    if not holes and edits < EDITS and rng.random() < 0.5:
+        places = [i for i in range(T) if editable >> i & 1]
+        tokens[rng.choice(places)] = rng.randrange(2, VOCAB)
+        return Made(tokens, 0, False, edits + 1)
+    return Made(tokens, is_open, not holes, edits)
+
+
+def decoded(prompt: list[int], rules: Rules, new: int) -> list[int]:
+    """The answer to a prompt, decoded alone."""
+    request = new_request("alone", prompt, rules, new)
+    request.admit(request.live_from)
+    while request.phase is not Phase.DONE:
+        (block,) = request.blocks
+        editable = (1 << T) - (1 << block.given) if rules.edits else 0
+        context = tuple((prompt + request.output)[: block.start])
+        made = model(context, block.tokens, block.open, editable & ~block.open, block.state[1])
+        request.decide([Decided(made.tokens, made.open, made.done, [block.state[0] + 1, made.edits])])
+        if request.filled < request.live_from and request.phase is Phase.DECODING:
+            request.fill(1)
+    return request.output
+
+
+def new_request(rid: str, prompt: list[int], rules: Rules, new: int) -> Request[DecodeConfig]:
+    params = DecodeConfig.defaults(T, "joint_threshold" if rules.edits else "threshold")
+    more: dict[str, Any] = {"fresh": fresh(T, TOKENS), "numbers": numbers(params), "rules": rules}
+    return Request(rid, prompt, new, frozenset({EOS}), params, T, MASK, **more)
+
+
+class Hashed:
+    """The decider: what the model says of each row, from the KV that lies in its request's pages."""
+
+    block_size, tokens, idle = T, TOKENS, idle(T, TOKENS)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
+
+    def __init__(self) -> None:
+        self.last = torch.zeros(200, T + 4, dtype=torch.int64)
+        self.kv = torch.full((SLOTS * LONGEST,), -1)
+        self.batch: Any = None
+
+    def forward(self, batch: Any) -> Any:
+        self.kv[batch.out_cache_loc] = batch.input_ids
+        self.batch = batch
+        return SimpleNamespace(logits_output=SimpleNamespace(hidden_states=batch.input_ids), can_run_graph=False)
+
+    def __call__(self, hidden: Any, ids: torch.Tensor, table: torch.Tensor, count: int, **_: Any) -> StepOut:
+        made = []
+        slots, ends = self.batch.req_pool_indices.tolist(), self.batch.seq_lens.tolist()
+        for r, (slot, end) in enumerate(zip(slots, ends, strict=True)):
+            context = tuple(self.kv[slot * LONGEST : slot * LONGEST + end - T].tolist())
+            is_open, _, edits, editable = table[r, : OPEN_COLUMN + 4].tolist()
+            made.append(model(context, ids[r * T : (r + 1) * T].tolist(), is_open, editable & ~is_open, edits))
+        rows = len(made)
+        is_open = torch.tensor([each.open for each in made])[:, None] >> torch.arange(T) & 1 == 1
+        return StepOut(
+            ids=torch.tensor([each.tokens for each in made]),
+            open=is_open,
+            done=torch.tensor([each.done for each in made]),
+            state=State(table[:, 1] + 1, torch.tensor([each.edits for each in made]), ids.new_zeros(rows, 0)),
+            written=~is_open,
+            origin=torch.arange(T).repeat(rows, 1),
+            prob=torch.ones(rows, T),
+        )
+
+
+@dataclass
+class Load:
+    """Requests that arrive, end and are aborted, on a scheduler without the host around it."""
+
+    scheduler: Any
+    rng: random.Random
+    waiting: deque[Request[DecodeConfig]] = field(default_factory=deque)
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+    retracted: int = 0
+
+    def admit(self) -> None:
+        """What stands for _admit_waiting."""
+        scheduler, used = self.scheduler, {request.slot for request in self.scheduler.table}
+        free = [slot for slot in range(SLOTS) if slot not in used]
+        while self.waiting and free and self.rng.random() < 0.7:
+            request = self.waiting.popleft()
+            if scheduler.table.get(request.rid) is None:
+                scheduler.table.add(request)
+            for block in request.blocks:
+                scheduler.executor.writer.forget(block)
+            request.slot, request.room = free.pop(), 0
+            scheduler.table.readmit(request.rid, 0)
+            scheduler.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
+        scheduler.running_batch.reqs = list(scheduler.reqs.values())
+
+    def ensure_pages(self, reach: dict[str, int]) -> bool:
+        """What stands for _ensure_pages: the pool has PAGES of them."""
+        table = self.scheduler.table
+        held = sum(request.room for request in table) + sum(upto - table[rid].room for rid, upto in reach.items())
+        if held > PAGES * T:
+            return False
+        for rid, upto in reach.items():
+            table[rid].room = upto
+        return True
+
+    def retract_one(self) -> None:
+        """What stands for _retract_one."""
+        table = self.scheduler.table
+        rid = self.rng.choice([rid for rid in self.scheduler.reqs if table[rid].phase is not Phase.DONE])
+        table[rid].retract()
+        table[rid].slot, table[rid].room = -1, 0
+        del self.scheduler.reqs[rid]
+        self.waiting.append(table[rid])
+        self.retracted += 1
+
+    def book(self) -> None:
+        """What stands for _book: ended requests leave."""
+        scheduler = self.scheduler
+        scheduler._take_rest()
+        scheduler.unbooked.clear()
+        for rid in list(scheduler.reqs):
+            request = scheduler.table[rid]
+            if request.phase is Phase.DONE:
+                if request.ending is Ending.OUTSIDE:
+                    self.aborted.append(rid)
+                else:
+                    self.answers[rid] = request.output
+                del scheduler.reqs[rid]
+                scheduler.table.drop(rid)
+        scheduler.running_batch.reqs = list(scheduler.reqs.values())
+
+
+def scheduler_of(load_rng: random.Random, *, ahead: bool) -> Load:
+    from bench.step import idle_scheduler
+    from sglang_llada.host.executor import Executor
+
+    scheduler: Any = idle_scheduler(SLOTS)
+    hashed = Hashed()
+    runner = scheduler.executor.runner
+    runner.req_to_token_pool.req_to_token = torch.arange(SLOTS * LONGEST).view(SLOTS, LONGEST).int()
+    runner.forward = hashed.forward
+    scheduler.executor = Executor(runner, hashed)  # type: ignore[arg-type]  # a stand-in
+    scheduler.executor.stops[EOS] = True
+    scheduler.facts = SimpleNamespace(block_size=T)
+    scheduler.row_budget, scheduler.overlaps, scheduler.runs_ahead = BUDGET, True, ahead
+    load = Load(scheduler, load_rng)
+    stand_ins = {
+        "_admit_waiting": load.admit,
+        "_ensure_pages": load.ensure_pages,
+        "_retract_one": load.retract_one,
+        "_book": load.book,
+        "_share": lambda: None,
+        "on_idle": lambda: None,
+        "_held": lambda: {rid: scheduler.table[rid].room for rid in scheduler.reqs},
+    }
+    vars(scheduler).update(stand_ins)
+    return load
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's parallel state, of which an executor asks this, is not up here."""
+    from sglang_llada.host import executor
+
+    monkeypatch.setattr(executor, "enable_num_token_non_padded", lambda: False)
+
+
+@torch.inference_mode()
+def run(seed: int, count: int, *, ahead: bool) -> tuple[Load, dict[str, Request[DecodeConfig]]]:
+    """So many requests served, some of them aborted, with pauses in which nothing may be in flight."""
+    rng = random.Random(seed)
+    load = scheduler_of(random.Random(seed + 1), ahead=ahead)
+    scheduler, asked = load.scheduler, {}
+    while len(load.answers) + len(load.aborted) < count:
+        if len(asked) < count and rng.random() < 0.5:
+            rid, rules = f"r{len(asked)}", rng.choice(list(RULES.values()))
+            prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 30))]
+            asked[rid] = new_request(rid, prompt, rules, rng.randint(1, 40))
+            load.waiting.append(asked[rid])
+        scheduler._turn()
+        scheduler.table.check_integrity(scheduler._held())
+        if rng.random() < 0.02 and scheduler.reqs:
+            victim = rng.choice(list(scheduler.reqs.values()))
+            if victim.to_finish is None:
+                victim.to_finish = "aborted"
+        if rng.random() < 0.01:
+            scheduler._settle()
+            assert not scheduler.flights
+    return load, asked
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "after"])
+def test_answers_are_those_of_each_request_alone(ahead: bool) -> None:
+    count = 2000
+    load, asked = run(7, count, ahead=ahead)
+    wrong = [
+        rid
+        for rid, answer in load.answers.items()
+        if answer != decoded(list(asked[rid].prompt), asked[rid].rules, asked[rid].max_new_tokens)
+    ]
+    print(f"{len(load.answers)} answers, {len(load.aborted)} aborted, {load.retracted} retracted, {len(wrong)} wrong")
+    assert not wrong and len(load.answers) > count / 2 and load.retracted > 10
