@@ -14,20 +14,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
+from bench import kernels
 from bench.records import ROOT, new_record
 
-V, H, MASK = 157_184, 2048, 156_895  # of LLaDA2.0-mini
-POSITIONS = (32, 256, 1024)
-REPEATS = 20
 LOAD = ("--dataset-name", "random", "--num-prompts", "256", "--random-input-len", "512", "--random-output-len", "256")
 
 
@@ -44,15 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     record: dict[str, Any] = {
         **new_record(),
         "tests": run_tests(),
-        "selection": [time_selection(count) for count in POSITIONS],
+        "kernels": kernels.main([]),
         "serving": [serve(args.model, mode) for mode in ("on", "off")[: 1 + args.mode_off]] if args.model else [],
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, outcome in record["tests"].items():
         print(f"{outcome:8} {name}")
-    for row in record["selection"]:
-        times = f"{row['kernel_ms']:.3f} ms, whole logits {row['logits_ms']:.3f} ms"
-        print(f"selection, {row['positions']} positions: {times}")
     print(json.dumps(record))
     return int("failed" in record["tests"].values())
 
@@ -72,32 +65,6 @@ def outcomes(report: Path) -> dict[str, str]:
         f"{case.get('classname')}::{case.get('name')}": next((kinds[e.tag] for e in case if e.tag in kinds), "passed")
         for case in ElementTree.parse(report).iter("testcase")
     }
-
-
-def time_selection(positions: int) -> dict[str, Any]:
-    """Median milliseconds of selection, and of whole logits with softmax and maximum, in bf16."""
-    from sglang_llada.decode.select import Head, best, select
-
-    hidden = torch.randn(positions, H, dtype=torch.bfloat16, device="cuda")
-    weight = torch.randn(V, H, dtype=torch.bfloat16, device="cuda")
-    return {
-        "positions": positions,
-        "kernel_ms": milliseconds(lambda: select(hidden, Head(weight), MASK)),
-        "logits_ms": milliseconds(lambda: best(hidden @ weight.T, MASK)),
-    }
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a run on the device, after three to warm up."""
-    times = []
-    for _ in range(REPEATS + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times[3:])
 
 
 def serve(model: str, mode: str) -> dict[str, Any]:

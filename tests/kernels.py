@@ -33,36 +33,35 @@ def run_interpreted(file: str) -> None:
 
 def compiled(
     kernel: Any,
-    arrays: dict[str, str],
+    pointers: dict[str, str],
     numbers: list[str],
     constants: dict[str, Any],
     arch: int,
     folder: Path,
-    scales: Sequence[str] = (),
+    floats: Sequence[str] = (),
     multiples: Sequence[str] = (),
     **options: int,
 ) -> dict[str, int]:
     """Compile a kernel for sm_`arch`: its registers (REG), bytes of spilled registers (STACK) and of shared memory.
 
     Args:
-        arrays: types of the kernel's pointers and descriptors. numbers: its integer parameters. constants: the others.
-        scales: its parameters in fp32. multiples: of its integers those that are multiples of 16, as Triton finds out
-            when it launches a kernel. folder: where the binary may be written. options: num_warps, num_stages.
+        pointers: types of what the kernel's pointers point to, and its descriptors. numbers: its integer parameters.
+        constants: the others. folder: where the binary may be written. options: num_warps, num_stages.
+        floats: its fp32 parameters. multiples: parameters that are multiples of 16 (pointers: of 16 bytes), which
+            Triton finds out when it launches a kernel, and loads wide then.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.knobs import nvidia
 
-    # Addresses of tensors are multiples of 16; without knowing that, a kernel would fetch number by number.
-    names = [name for name, kind in arrays.items() if kind.startswith("*")]
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*names, *multiples)}
-    signature = (
-        arrays | dict.fromkeys(numbers, "i32") | dict.fromkeys(scales, "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: kind if kind.startswith("tensordesc") else f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    code = triton.compile(
+        ASTSource(kernel, signature, constants, known), target=GPUTarget("cuda", arch, 32), options=options
     )
-    order = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, order, constants, attrs=aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = folder / "cubin"
     cubin.write_bytes(code.asm["cubin"])
     out = subprocess.check_output([nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)

@@ -159,8 +159,8 @@ else:
         vocabulary = 157_184
         used = compiled(
             kernels.kernel,
-            {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
-            | {"noise": "*fp64", "token": "*i64", "prob": "*fp32"},
+            {"logits": "fp32", "temperature": "fp32", "top_k": "i64", "top_p": "fp32", "min_p": "fp32"}
+            | {"noise": "fp64", "token": "i64", "prob": "fp32"},
             ["vocabulary", "stride", "mask_id"],
             {
                 "LANES": kernels.LANES,

@@ -148,16 +148,17 @@ else:
     ) -> None:
         """For a hidden size of 2048; fetched by tile where the device has a unit for that."""
         kinds = {
-            name: f"tensordesc<{dtype}[{rows}, {form.width}]>" if by_tile else f"*{dtype}"
+            name: f"tensordesc<{dtype}[{rows}, {form.width}]>" if by_tile else f"{dtype}"
             for name, rows in (("hidden", form.positions), ("weight", form.ids))
         }
         used = compiled(
             kernels.kernel,
-            kinds | {"records": "*fp32", "wanted": "*i64", "less": "*i64", "by": "*fp32"},
+            kinds | {"records": "fp32", "wanted": "i64", "less": "i64", "by": "fp32"},
             ["positions", "vocabulary", "first", "mask_id"],
             kernels.constants(form, 2048, 1) | {"BOUNDED": True, "LOWERED": True, "BY_TILE": by_tile, "UPCAST": False},
             arch,
             tmp_path,
+            multiples=() if by_tile else ("hidden", "weight"),
             num_warps=form.warps,
             num_stages=form.stages,
         )
@@ -169,7 +170,7 @@ else:
     def test_the_fold_compiles(arch: int, tmp_path: Path) -> None:
         used = compiled(
             kernels.fold_kernel,
-            {"records": "*fp32", "token": "*i64", "prob": "*fp32", "wanted": "*i64"},
+            {"records": "fp32", "token": "i64", "prob": "fp32", "wanted": "i64"},
             ["part_stride", "field_stride", "position_stride", "parts", "positions", "block"],
             {
                 "BOUNDED": True,

@@ -117,7 +117,7 @@ def told(call: Callable[[], None]) -> str:
 def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
     """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
     from sglang_llada.host.executor import Decider, Executor
-    from sglang_llada.host.rows import send
+    from sglang_llada.host.rows import WRITTEN
 
     executor = Executor(runner, Decider(runner))
     for slot in range(len(texts)):  # page 0 is the host's, for padding
@@ -126,10 +126,9 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     tokens = np.array([texts[slot][block * T : (block + 1) * T] for slot, block in rows])
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        written = np.column_stack((tokens, [executor.decide.idle] * len(rows), slots, starts))
-        sent = send(written, T, executor.req_to_token.shape[1], runner.device)
-        batch = executor.forward_batch(sent)
-        batch.step_table = sent.table
+        idle = [executor.decide.idle] * len(rows)
+        batch = executor._batch(np.column_stack((tokens, idle, slots, starts, [WRITTEN] * len(rows))), None)
+        executor._unfold(batch)
         hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
 

@@ -128,10 +128,10 @@ else:
         """Of the kernel at the published shape: blocks of 32, heads of 128."""
         tile = min(next_power_of_2(32 * group), settings.queries)
         strides = ["q_stride", "q_head_stride", "key_stride", "key_head_stride", "value_stride", "value_head_stride"]
-        kinds = {"q": "bf16", "keys": kv, "values": kv, "out": "bf16", "means": "fp32", "log_sums": "fp32"}
+        pointers = {"q": "bf16", "keys": kv, "values": kv, "out": "bf16", "means": "fp32", "log_sums": "fp32"}
         return compiled(
             attention_triton.attend_kernel,
-            {name: f"*{kind}" for name, kind in kinds.items()} | {"table": "*i32", "requests": "*i64", "ends": "*i64"},
+            pointers | {"table": "i32", "requests": "i64", "ends": "i64"},
             ["splits", *strides, "table_stride"],
             {
                 "BLOCK": 32,
@@ -146,8 +146,8 @@ else:
             },
             arch,
             folder,
-            scales=["scale", "value_scale"],
-            multiples=[*strides, "table_stride"],
+            floats=["scale", "value_scale"],
+            multiples=[*pointers, "table", "requests", "ends", *strides, "table_stride"],
             num_warps=settings.warps,
             num_stages=settings.stages,
         )
@@ -176,7 +176,7 @@ else:
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
     def test_the_merge_compiles(arch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        pointers = {"out": "*bf16", "means": "*fp32", "log_sums": "*fp32", "ends": "*i64"}
+        pointers = {"out": "bf16", "means": "fp32", "log_sums": "fp32", "ends": "i64"}
         shape = {"BLOCK": 32, "GROUP": 4, "TILES": 1, "TILE": 128, "D": 128, "KEYS": 64, "LEAST_PART": 256}
         merged = {name: number for name, number in MERGED.items() if name.isupper()}
         used = compiled(
@@ -186,6 +186,7 @@ else:
             shape | merged,
             arch,
             tmp_path,
+            multiples=list(pointers),
             num_warps=MERGED["num_warps"],
         )
         with capsys.disabled():

@@ -59,15 +59,15 @@ else:
         """At the published shape: 16 and 4 heads of 128, of which 64 turn."""
         from sglang_llada.llada2 import rotary_triton
 
-        bf16 = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_pool", "v_pool", "q", "k"), "*bf16")
+        bf16 = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_pool", "v_pool", "q", "k"), "bf16")
         used = compiled(
             rotary_triton.kernel,
-            bf16 | {"positions": "*i64", "cos_sin": "*fp32", "places": "*i64"},
+            bf16 | {"positions": "i64", "cos_sin": "fp32", "places": "i64"},
             ["qkv_stride", "k_stride", "v_stride"],
             rotary_triton.constants(16, 4, 128, 64),
             arch,
             tmp_path,
-            scales=["eps"],
+            floats=["eps"],
             num_warps=rotary_triton.WARPS,
         )
         with capsys.disabled():

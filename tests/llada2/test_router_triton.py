@@ -63,12 +63,12 @@ else:
 
         used = compiled(
             router_triton.route_kernel,
-            {"by_part": "*fp32", "expert_bias": "*fp32", "weights": "*fp32", "ids": "*i32"},
+            {"by_part": "fp32", "expert_bias": "fp32", "weights": "fp32", "ids": "i32"},
             ["tokens"],
             router_triton.route_constants(256, 8, 4, 8, True, 0.4),
             arch,
             tmp_path,
-            scales=["scale", "shared"],
+            floats=["scale", "shared"],
             num_warps=router_triton.TOKENS,
         )
         with capsys.disabled():
@@ -85,7 +85,7 @@ else:
 
         used = compiled(
             router_triton.kernel,
-            {"logits": "*fp32", "expert_bias": "*fp32", "weights": "*fp32", "ids": "*i64"},
+            {"logits": "fp32", "expert_bias": "fp32", "weights": "fp32", "ids": "i64"},
             [],
             {
                 "EXPERTS": 256,
