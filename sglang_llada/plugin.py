@@ -59,6 +59,7 @@ def install(mode: Mode) -> None:
         hook_model_class()
         hook_sampling_defaults()
         hook_door()
+        replace_parsers()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -145,6 +146,17 @@ def hook_door() -> None:
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+
+
+def replace_parsers() -> None:
+    """Put parsers that take many tokens at once in the place of the host's, which read answers for its endpoints."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.tools import PiecewiseCalls, PiecewiseThinking
+
+    calls = "sglang.srt.function_call.function_call_parser.FunctionCallParser"
+    HookRegistry.register(calls, PiecewiseCalls, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, HookType.REPLACE)
 
 
 def replace_scheduler() -> None:

@@ -7,6 +7,7 @@ serve is refused in one message that lists every such option.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,9 +32,12 @@ from sglang_llada.config import (
 )
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.platform import ATTENTION_BACKEND, ATTENTION_BACKENDS, KV_TOKENS, CpuPlatform, native_bf16
+from sglang_llada.host.templates import call_parser, chat_template
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config
 from sglang_llada.llada2.weights import check_files
+
+logger = logging.getLogger(__name__)
 
 STOCK_FLAG = "LowConfidence"
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
@@ -133,7 +137,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
-        chosen |= graph_options(args, chosen["page_size"])
+        chosen |= graph_options(args, chosen["page_size"]) | parsers(args)
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
@@ -255,6 +259,23 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     return chosen | {"cuda_graph_max_bs_decode": most}
 
 
+def parsers(args: Any) -> dict[str, Any]:
+    """Parsers of answers, unless the user names them: for tool calls as the chat template has them, for thinking none.
+
+    LLaDA2 is told not to think ("detailed thinking off"); the host's guess would take whole answers for thoughts.
+    """
+    chosen: dict[str, Any] = {}
+    if args.tool_call_parser in (None, "auto"):
+        folder = folder_of(args.tokenizer_path or args.model_path, args.revision)
+        if (parser := call_parser(chat_template(folder, args.chat_template))) is not None:
+            chosen["tool_call_parser"] = parser
+    if args.reasoning_parser == "auto":
+        chosen["reasoning_parser"] = None
+    for field, value in chosen.items():
+        logger.info("--%s is %s, from the chat template", field.replace("_", "-"), value or "none")
+    return chosen
+
+
 def powers_of_two(below: int) -> Iterator[int]:
     """1, 2, 4, ... while less than `below`."""
     power = 1
@@ -318,4 +339,6 @@ def folder_of(model_path: str, revision: str | None) -> Path:
         return Path(model_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))
+    return Path(
+        snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
+    )
