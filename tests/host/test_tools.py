@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Tool
+from sglang.srt.function_call.json_array_parser import JsonArrayParser
 from sglang.srt.parser.beam import BEAM_RESPONSE_TEMPLATE
 
 from sglang_llada.host.tools import READINGS, PiecewiseCalls, PiecewiseThinking
@@ -114,6 +115,19 @@ def test_a_stream_gives_the_calls_and_the_text_of_the_whole_answer_wherever_it_i
             continue
         assert want[1] == calls or name in ("gemma4", "minimax-m3"), (title, want)
         assert not wrong, (title, wrong[0], streamed(name, wrong[0]), want)
+
+
+def test_required_calls_without_a_format_of_their_own_are_read_wherever_they_are_cut() -> None:
+    """The host asks for JSON where a parser has no grammar, and reads it with a parser that is not in its registry."""
+    for calls in (ROME, [*NESTED, *ROME]):
+        answer = json_of([{"name": name, "parameters": arguments} for name, arguments in calls])
+        for pieces in cuts(answer):
+            parser = JsonArrayParser()
+            results = [*(parser.parse_streaming_increment(piece, TOOLS) for piece in pieces), parser.finish(TOOLS)]
+            items = [item for result in results for item in result.calls]
+            assert [item.name for item in items if item.name] == [name for name, _ in calls]
+            for index, (_, arguments) in enumerate(calls):
+                assert json.loads("".join(i.parameters for i in items if i.tool_index == index)) == arguments
 
 
 @pytest.mark.parametrize("name", ["qwen", "kimi_k2"])
