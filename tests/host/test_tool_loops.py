@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import jsonschema
 import openai
 import pytest
 
+from tests.host.formats import FORMATS, Calls
 from tests.host.grammars import record
 from tests.host.serving import ROOT, Server, serving
 
@@ -33,9 +35,34 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield running
 
 
-def test_the_parser_is_said_at_the_start(asked: Server) -> None:
-    parser = "kimi_k2" if "2.2" in asked.post("/get_model_info").text + asked.log.read_text() else "qwen"
-    assert f"--tool-call-parser is {parser}, from the chat template" in asked.log.read_text()
+def parser_of(asked: Server) -> str:
+    """The parser that a server says at its start that it found."""
+    [parser] = re.findall(r"--tool-call-parser is (\w+), from the chat template", asked.log.read_text())
+    return parser
+
+
+def test_a_model_that_likes_to_call_is_read_from_a_stream_as_from_the_whole(asked: Server) -> None:
+    """What it writes is held to a text, as a larger model would write it: words, and calls at once."""
+    client = openai.OpenAI(base_url=asked.url + "/v1", api_key="none", max_retries=0)
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMAS[name]}} for name in SCHEMAS]
+    calls: Calls = [("add", {"a": 17, "b": 25}), ("spell", {"word": 'a "b" é'})]
+    for words, wanted in (("I look.\n", calls), ("", calls[1:]), ("No: 1 < 2, <b>a</b> {x}.", [])):
+        text = words + (FORMATS[parser_of(asked)](wanted) if wanted else "")
+        options: dict[str, Any] = {"model": "tiny", "tools": tools, "temperature": 0, "max_tokens": 300}
+        options |= {"messages": [{"role": "user", "content": QUESTION}], "extra_body": {"regex": re.escape(text)}}
+        for stop in (None, "17, "):
+            whole = client.chat.completions.create(**options, stop=stop).choices[0]
+            made = streamed(client, options | {"stop": stop})
+            assert made["content"] == (whole.message.content or "")
+            if stop is not None and wanted == calls:  # the whole answer drops what it ends in, a stream has brought it
+                assert (whole.message.tool_calls, len(made["tool_calls"])) == (None, 1)
+                continue
+            read = [
+                (each["function"]["name"], json.loads(each["function"]["arguments"])) for each in made["tool_calls"]
+            ]
+            assert read == wanted
+            assert [each.function.name for each in whole.message.tool_calls or []] == [name for name, _ in wanted]
+            assert made["finish_reason"] == whole.finish_reason == ("tool_calls" if wanted else "stop")
 
 
 @pytest.mark.parametrize("stream", STREAMS)
