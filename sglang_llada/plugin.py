@@ -60,6 +60,7 @@ def install(mode: Mode) -> None:
         hook_sampling_defaults()
         hook_door()
         replace_parsers()
+        hook_grammars()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -157,6 +158,16 @@ def replace_parsers() -> None:
     calls = "sglang.srt.function_call.function_call_parser.FunctionCallParser"
     HookRegistry.register(calls, PiecewiseCalls, HookType.REPLACE)
     HookRegistry.register("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, HookType.REPLACE)
+
+
+def hook_grammars() -> None:
+    """No runs of white space inside tool calls either, where a server wants none in JSON."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.grammar import compact_tags
+
+    target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
+    HookRegistry.register(target, compact_tags, HookType.BEFORE)
 
 
 def replace_scheduler() -> None:

@@ -71,6 +71,7 @@ LAZY_MODELS = "the host has an entry point group for models"
 NAMED_ALGORITHMS = "the host has a registry of diffusion algorithms"
 ROW_PLANS = "the host has a batch whose rows may be several blocks of one request"
 CPU_ENGINE = "the released wheel has the host's CPU kernels"
+COMPACT_TAGS = "the host's --constrained-json-disable-any-whitespace holds inside structural tags"
 MANY_TOKENS = "the host's detectors take pieces of many tokens"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 
@@ -181,6 +182,10 @@ SEAMS: tuple[Seam, ...] = (
          "feeds detectors what tokens might have been", MANY_TOKENS),
     Seam("sglang.srt.parser.reasoning_parser:ReasoningParser.parse_stream_end", Kind.REPLACE, "(self)",
          "the end of a stream", MANY_TOKENS),
+    Seam("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag", Kind.HOOK,
+         "(self, key_string)", "keeps white space out of tool calls", COMPACT_TAGS),
+    *fields("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend", "any_whitespace",
+            "whether a server wants none", COMPACT_TAGS),
     # Model class
     Seam("sglang.srt.models.registry:ModelRegistry", Kind.USE, VALUE,
          "the registry of the process that loads weights", LAZY_MODELS),

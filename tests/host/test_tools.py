@@ -8,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.function_call.json_array_parser import JsonArrayParser
 from sglang.srt.parser.beam import BEAM_RESPONSE_TEMPLATE
+from transformers import PreTrainedTokenizerFast
 
+from sglang_llada.host.grammar import compact_tags
 from sglang_llada.host.tools import READINGS, PiecewiseCalls, PiecewiseThinking
 from tests.host.formats import FORMATS, PROSE, Calls, json_of
+from tests.host.serving import ROOT
 
 pytestmark = pytest.mark.host
 
@@ -200,3 +204,22 @@ def test_a_stream_gives_the_thoughts_of_the_whole_answer_wherever_it_is_cut(name
             assert wrong, f"{name} reads {title!r} now: it is no fault any more"
         else:
             assert not wrong, (title, wrong[0], want)
+
+
+@pytest.mark.parametrize("name", ["qwen", "kimi_k2"])
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_server_that_wants_no_runs_of_white_space_in_json_has_none_in_calls(name: str, spaces: bool) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT / "examples" / "tiny-llada2.2")
+    backend = XGrammarGrammarBackend(tokenizer, len(tokenizer), [tokenizer.eos_token_id], any_whitespace=spaces)
+    strict = [tool.model_copy(update={"function": tool.function.model_copy(update={"strict": True})}) for tool in TOOLS]
+    kind, tag = PiecewiseCalls(strict, name).get_structure_constraint("required") or ("", "")
+    assert kind == "structural_tag"
+    for separators, allowed in (((",", ":"), True), ((", ", ": "), True), ((",  ", ": "), spaces)):
+        written = tag.model_dump_json(by_alias=True)
+        (_, key), _ = compact_tags(backend, written) or ((backend, written), {})
+        grammar = backend.dispatch_structural_tag(key)
+        call = FORMATS[name](ROME).replace(json_of(ROME[0][1]), json.dumps(ROME[0][1], separators=separators))
+        call = call.replace(
+            '"name": "add", "arguments": ', '"name":"add", "arguments":'
+        )  # what the grammar begins with
+        assert grammar.matcher.accept_string(call) is allowed, call
