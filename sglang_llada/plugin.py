@@ -60,6 +60,8 @@ def install(mode: Mode) -> None:
         hook_attention()
         hook_sampling_defaults()
         hook_door()
+        replace_parsers()
+        hook_grammars()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -177,6 +179,27 @@ def hook_door() -> None:
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+
+
+def replace_parsers() -> None:
+    """Put parsers that take many tokens at once in the place of the host's, which read answers for its endpoints."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.tools import PiecewiseCalls, PiecewiseThinking
+
+    calls = "sglang.srt.function_call.function_call_parser.FunctionCallParser"
+    HookRegistry.register(calls, PiecewiseCalls, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, HookType.REPLACE)
+
+
+def hook_grammars() -> None:
+    """No runs of white space inside tool calls either, where a server wants none in JSON."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.grammar import compact_tags
+
+    target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
+    HookRegistry.register(target, compact_tags, HookType.BEFORE)
 
 
 def replace_scheduler() -> None:

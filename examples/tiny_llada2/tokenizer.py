@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny checkpoint: byte-level, some hundred whole words, LLaDA2's special tokens and template."""
+"""The tokenizer of the tiny checkpoint: byte-level, some hundred whole words, LLaDA2's special tokens and templates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ VOCAB = 400
 SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"]
 ROLES = ["SYSTEM", "HUMAN", "ASSISTANT", "detailed thinking off"]
 
-TEMPLATE = (
-    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] + '\\n' -%}"
-    "{%- set rest = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- set rest = messages -%}{%- endif -%}"
-    "{{- '<role>SYSTEM</role>' + system + 'detailed thinking off<|role_end|>' -}}"
-    "{%- for message in rest -%}"
-    "{%- if message['role'] == 'user' -%}{{- '<role>HUMAN</role>' + message['content'] + '<|role_end|>' -}}"
-    "{%- elif message['role'] == 'assistant' -%}{{- '<role>ASSISTANT</role>' + message['content'] + '<|role_end|>' -}}"
-    "{%- else -%}{{- raise_exception('roles are system, user and assistant; got ' + message['role']) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}"
-)
+TEMPLATES = {
+    "2.0": (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8"),
+    "2.1": (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8"),
+    "2.2": (Path(__file__).parent / "chat_template_2.2.jinja").read_text(encoding="utf-8"),
+}
 
 
 def build() -> PreTrainedTokenizerFast:
@@ -51,7 +45,7 @@ def build() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=32768,
     )
-    fast.chat_template = TEMPLATE
+    fast.chat_template = TEMPLATES["2.0"]
     return fast
 
 

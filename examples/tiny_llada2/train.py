@@ -368,6 +368,7 @@ def main() -> None:
         tokenizer = tokenizers.save(args.out)
     if args.kind == "2.2":
         tokenizer.add_special_tokens({"additional_special_tokens": EDIT_TOKENS})
+        tokenizer.chat_template = tokenizers.TEMPLATES["2.2"]
         tokenizer.save_pretrained(args.out)
     mask_id, fill_id = tokenizer.mask_token_id, tokenizer.eos_token_id
     end_id = tokenizer.convert_tokens_to_ids("<|role_end|>")

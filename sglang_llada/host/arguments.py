@@ -39,6 +39,7 @@ from sglang_llada.host.platform import (
     CpuPlatform,
     native_bf16,
 )
+from sglang_llada.host.templates import call_parser, chat_template
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config, read_facts, read_json
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
 from sglang_llada.llada2.weights import check_files
@@ -170,7 +171,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
-        chosen |= graph_options(args, chosen["page_size"])
+        chosen |= graph_options(args, chosen["page_size"]) | parsers(args)
         if args.device == "cuda":
             chosen |= cuda_options(args)
     declare_resolution(server_args, "sglang_llada", **chosen)
@@ -360,6 +361,23 @@ def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -
         (not args.enable_deterministic_inference, "--enable-deterministic-inference"),
     ]
     return ", ".join(what for holds, what in rules if not holds)
+
+
+def parsers(args: Any) -> dict[str, Any]:
+    """Parsers of answers, unless the user names them: for tool calls as the chat template has them, for thinking none.
+
+    LLaDA2 is told not to think ("detailed thinking off"); the host's guess would take whole answers for thoughts.
+    """
+    chosen: dict[str, Any] = {}
+    if args.tool_call_parser in (None, "auto"):
+        folder = folder_of(args.tokenizer_path or args.model_path, args.revision)
+        if (parser := call_parser(chat_template(folder, args.chat_template))) is not None:
+            chosen["tool_call_parser"] = parser
+    if args.reasoning_parser == "auto":
+        chosen["reasoning_parser"] = None
+    for field, value in chosen.items():
+        logger.info("--%s is %s, from the chat template", field.replace("_", "-"), value or "none")
+    return chosen
 
 
 def powers_of_two(below: int) -> Iterator[int]:

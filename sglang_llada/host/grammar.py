@@ -7,6 +7,8 @@ that the grammar does not accept, and what comes after is open again.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,3 +73,42 @@ def conform(matcher: Matcher, block: Block, new: Decided, mask_id: int) -> Decid
         tokens[i] = mask_id
         is_open |= 1 << i
     return Decided(tokens, is_open, is_open == 0, new.state, new.notes) if accepted else None
+
+
+def compact_tags(backend: Any, key_string: str) -> tuple[tuple[Any, str], dict[str, Any]] | None:
+    """Before the host compiles a structural tag: --constrained-json-disable-any-whitespace holds inside it as well.
+
+    A tag can be held to one character in a row and no less, which is what usual JSON has.
+
+    Returns:
+        The arguments to go on with, None for those that there are.
+    """
+    if backend.any_whitespace:
+        return None
+    tag = json.loads(key_string)
+    if "structures" in tag:  # the older form has no place to say so
+        tags = [
+            {"type": "tag", "begin": one["begin"], "end": one["end"], "content": json_format(one["schema"])}
+            for one in tag["structures"]
+        ]
+        least = bool(tag.get("at_least_one"))
+        tag_format = {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags, "at_least_one": least}
+        tag = {"type": "structural_tag", "format": tag_format}
+    for each in json_formats(tag["format"]):
+        each["max_whitespace_cnt"] = 1
+    return (backend, json.dumps(tag)), {}
+
+
+def json_format(schema: Any) -> dict[str, Any]:
+    """The part of a structural tag that is JSON of a schema."""
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def json_formats(tag_format: Any) -> Iterator[dict[str, Any]]:
+    """Every part of a structural tag that is JSON of some schema."""
+    if isinstance(tag_format, dict) and tag_format.get("type") == "json_schema":
+        yield tag_format
+        return
+    parts = tag_format.values() if isinstance(tag_format, dict) else tag_format
+    for part in parts if isinstance(tag_format, dict | list) else ():
+        yield from json_formats(part)

@@ -72,6 +72,8 @@ NAMED_ALGORITHMS = "the host has a registry of diffusion algorithms"
 ROW_PLANS = "the host has a batch whose rows may be several blocks of one request"
 CPU_ENGINE = "the released wheel has the host's CPU kernels"
 NO_PLAN = "the host has attention of diffusion rows that needs no plan"
+COMPACT_TAGS = "the host's --constrained-json-disable-any-whitespace holds inside structural tags"
+MANY_TOKENS = "the host's detectors take pieces of many tokens"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
 ENGINE_GENERATE = (
@@ -120,6 +122,9 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.configs.model_config:ModelConfig._verify_quantization", Kind.HOOK, "(self)",
          "ends a start with a traceback where it does not know how a model is quantised",
          "the host reports it in a sentence"),
+    *fields("sglang.srt.arg_groups.fields.serving:Serving",
+            "chat_template tokenizer_path tool_call_parser reasoning_parser",
+            "the parsers that a checkpoint's chat template asks for", "the host's `auto` knows LLaDA2's templates"),
     # Diffusion facts
     Seam("sglang.srt.dllm.config:DllmConfig.__init__", Kind.USE,
          "(self, algorithm, algorithm_config, block_size, mask_id, max_running_requests, first_done_first_out_mode, "
@@ -181,6 +186,46 @@ SEAMS: tuple[Seam, ...] = (
          "which checkpoint that was", "the host rolls back to the checkpoint before"),
     Seam("sglang.srt.sampling.sampling_params:SamplingParams", Kind.USE, CLASS,
          "of which kind parameters are", "the host checks the kinds of sampling parameters"),
+    # Tool calls and thinking in streams
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser", Kind.REPLACE, CLASS,
+         "our parser of tool calls is a subclass in its place", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.__init__", Kind.USE,
+         "(self, tools, tool_call_parser, tokenizer, tool_choice, prefix, constrained)",
+         "makes the parser of the whole answer", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_chunk", Kind.REPLACE,
+         "(self, chunk_text)", "feeds detectors what tokens might have been", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_end", Kind.REPLACE,
+         "(self)", "adds what a stream has not brought", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.has_tool_call", Kind.USE, "(self, text)",
+         "whether the whole answer has calls", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_non_stream", Kind.USE,
+         "(self, full_text, *, preserve_incomplete)", "the calls and the text of the whole answer", MANY_TOKENS),
+    *fields("sglang.srt.function_call.function_call_parser:FunctionCallParser", "tools detector",
+            "whether there is anything to parse", MANY_TOKENS),
+    Seam("sglang.srt.function_call.base_format_detector:BaseFormatDetector.parses_without_tools", Kind.USE, "(cls)",
+         "whether there is anything to parse", MANY_TOKENS),
+    *fields("sglang.srt.function_call.base_format_detector:BaseFormatDetector", "prev_tool_call_arr",
+            "emptied at the end of a stream, so that the host adds nothing twice", MANY_TOKENS),
+    Seam("sglang.srt.function_call.core_types:ToolCallItem", Kind.USE, CLASS,
+         "a call, or more of its arguments", MANY_TOKENS),
+    *fields("sglang.srt.function_call.core_types:ToolCallItem", "tool_index name parameters",
+            "which call, and what of it", MANY_TOKENS),
+    Seam("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_tool_call_stream", Kind.USE,
+         "async (self, index, delta, parser_dict, content, request, has_tool_calls, created, continuous_usage_stats, "
+         "flush)", "asks for the end of a stream with its last piece", MANY_TOKENS),
+    Seam("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._check_for_unstreamed_tool_args", Kind.USE,
+         "(self, parser, content, request, index, created)", "adds arguments by what a detector says it sent",
+         MANY_TOKENS),
+    Seam("sglang.srt.parser.reasoning_parser:ReasoningParser", Kind.REPLACE, CLASS,
+         "our parser of thinking is a subclass in its place", MANY_TOKENS),
+    Seam("sglang.srt.parser.reasoning_parser:ReasoningParser.parse_stream_chunk", Kind.REPLACE, "(self, chunk_text)",
+         "feeds detectors what tokens might have been", MANY_TOKENS),
+    Seam("sglang.srt.parser.reasoning_parser:ReasoningParser.parse_stream_end", Kind.REPLACE, "(self)",
+         "the end of a stream", MANY_TOKENS),
+    Seam("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag", Kind.HOOK,
+         "(self, key_string)", "keeps white space out of tool calls", COMPACT_TAGS),
+    *fields("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend", "any_whitespace",
+            "whether a server wants none", COMPACT_TAGS),
     # Model class
     Seam("sglang.srt.models.registry:ModelRegistry", Kind.USE, VALUE,
          "the registry of the process that loads weights", LAZY_MODELS),

@@ -134,7 +134,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--enable-cache-report", "--enable-custom-logit-processor", "--enable-metrics"]
     flags.append("--constrained-json-disable-any-whitespace")  # with which so small a model likes to fill answers
-    flags += ["--tool-call-parser", "qwen25"]
     with serving(TINY, log, *flags) as running:
         yield running
 

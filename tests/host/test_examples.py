@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 import requests
 
-from examples import offline_engine, openai_client
+from examples import offline_engine, openai_client, tool_loop
 from tests.host.serving import ROOT, Server
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -47,3 +49,11 @@ def test_offline_engine_answers_every_question() -> None:
     assert asked == offline_engine.QUESTIONS
     assert len(answers) == len(forwards) == len(asked)
     assert all(count >= 1 for count in forwards)
+
+
+def test_a_tool_loop_calls_a_function_and_answers(server: Server) -> None:
+    question, call, answer = run("examples.tool_loop", "--url", server.url)
+    assert question == f"question: {tool_loop.QUESTION}"
+    matched = re.fullmatch(r"call:     add\((.*)\) = (\d+)", call)
+    assert matched is not None and sum(json.loads(matched[1]).values()) == int(matched[2])
+    assert answer.startswith("answer:   ")
