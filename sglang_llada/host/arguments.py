@@ -52,7 +52,6 @@ UNHEARD = (
     "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
     "rope_scaling"
 ).split()
-logger = logging.getLogger(__name__)
 OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and loaders of their own
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
