@@ -79,8 +79,8 @@ def repeated(ids: Tensor, table: Tensor, block_size: int) -> Lowered:
 
     The host's rule: the first position of a block has no such token, and to the right of an open one it is the mask.
     """
-    by = table[:, -1:].view(torch.float64).float().repeat(1, block_size)  # [R, T]
-    by[:, 0] = 0.0
+    has_left = torch.arange(block_size, device=table.device) > 0
+    by = table[:, -1:].view(torch.float64).float() * has_left  # [R, T]
     return Lowered(ids.roll(1), by.flatten())
 
 
