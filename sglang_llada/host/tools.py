@@ -13,6 +13,7 @@ has not, or the answer ends inside a call, that stays.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.openai.protocol import ToolChoice
 from sglang.srt.function_call.core_types import ToolCallItem
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
@@ -77,6 +79,13 @@ class PiecewiseCalls(FunctionCallParser):
         self._space = ""  # white space at its end, which is none if a call follows
         self._calls: list[ToolCallItem] = []  # that were sent, in order
         self._order: dict[int, int] = {}  # by the detector's index, which may be that of the tool
+
+    def get_structure_constraint(self, tool_choice: Any, *args: Any, **kwargs: Any) -> Any:
+        """The grammar of calls; one asked for by name allows that name alone, which many of the host's do not."""
+        narrowed = copy.copy(self)
+        if isinstance(tool_choice, ToolChoice):
+            narrowed.tools = [tool for tool in self.tools if tool.function.name == tool_choice.function.name]
+        return super(PiecewiseCalls, narrowed).get_structure_constraint(tool_choice, *args, **kwargs)
 
     def parse_stream_chunk(self, chunk_text: str) -> tuple[str, list[ToolCallItem]]:
         """What a piece of the stream adds: normal text up to the first call, and calls."""
