@@ -101,8 +101,9 @@ class PiecewiseCalls(FunctionCallParser):
         text, calls = self._sent(self._feed("", last=True))
         said, found = self._whole()
         calls += self._missing_calls(found)
-        if len(self._calls) <= len(found):  # else the answer ends inside a call, which is sent as far as it goes
-            text += self._missing_text(said)
+        more = self._missing_text(said)
+        if len(self._calls) <= len(found) or more.isspace():  # else the answer ends inside a call, which was sent
+            text += more
         self.detector.prev_tool_call_arr = []  # of which the host would add what is added here
         return text, merged(calls)
 

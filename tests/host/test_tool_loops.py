@@ -50,7 +50,7 @@ def test_a_model_that_likes_to_call_is_read_from_a_stream_as_from_the_whole(aske
     calls: Calls = [("add", {"a": 17, "b": 25}), ("spell", {"word": 'a "b" é'})]
     for words, wanted in (("I look.\n", calls), ("", calls[1:]), ("No: 1 < 2, <b>a</b> {x}.", [])):
         text = words + (FORMATS[parser_of(asked)](wanted) if wanted else "")
-        options: dict[str, Any] = {"model": "tiny", "tools": tools, "temperature": 0, "max_tokens": 300}
+        options: dict[str, Any] = {"model": "tiny", "tools": tools, "temperature": 0, "max_tokens": 400}
         options |= {"messages": [{"role": "user", "content": QUESTION}], "extra_body": {"regex": re.escape(text)}}
         for stop in (None, "17, "):
             whole = client.chat.completions.create(**options, stop=stop).choices[0]

@@ -136,9 +136,10 @@ def test_required_calls_without_a_format_of_their_own_are_read_wherever_they_are
 
 @pytest.mark.parametrize("name", ["qwen", "kimi_k2"])
 def test_an_answer_that_ends_inside_a_call_has_brought_the_beginning_of_it(name: str) -> None:
-    answer = "I look." + FORMATS[name](NESTED)
-    said, [(called, arguments)] = streamed(name, [answer[: answer.index("STOP")]])
-    assert (said, called) == ("I look.", "weather")
+    answer = "I look.\n" + FORMATS[name](NESTED)
+    cut = answer[: answer.index("STOP")]
+    said, [(called, arguments)] = streamed(name, [cut])
+    assert (said, called) == (whole(name, cut)[0], "weather")
     assert isinstance(arguments, str)
     assert arguments.startswith('{"place": "Zürich') and json_of(NESTED[0][1]).startswith(arguments)
 
