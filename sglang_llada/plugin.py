@@ -193,13 +193,13 @@ def replace_parsers() -> None:
 
 
 def hook_grammars() -> None:
-    """No runs of white space inside tool calls either, where a server wants none in JSON."""
+    """Tool calls whose grammar has an end."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.grammar import compact_tags
+    from sglang_llada.host.grammar import bound_tags
 
     target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
-    HookRegistry.register(target, compact_tags, HookType.BEFORE)
+    HookRegistry.register(target, bound_tags, HookType.BEFORE)
 
 
 def replace_scheduler() -> None:

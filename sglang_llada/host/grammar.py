@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sglang_llada.blocks import Block, Decided
 
+NUMBER, CALL_NUMBER = r"\d+", r"\d{1,4}"  # in the host's grammar of Kimi's calls, and in ours
+
 
 class Matcher:
     """A request's grammar, at the token after the last one that it accepted."""
@@ -75,18 +77,17 @@ def conform(matcher: Matcher, block: Block, new: Decided, mask_id: int) -> Decid
     return Decided(tokens, is_open, is_open == 0, new.state, new.notes) if accepted else None
 
 
-def compact_tags(backend: Any, key_string: str) -> tuple[tuple[Any, str], dict[str, Any]] | None:
-    """Before the host compiles a structural tag: --constrained-json-disable-any-whitespace holds inside it as well.
+def bound_tags(backend: Any, key_string: str) -> tuple[tuple[Any, str], dict[str, Any]]:
+    """Before the host compiles a structural tag: what models like to fill without an end has one.
 
-    A tag can be held to one character in a row and no less, which is what usual JSON has.
+    The number of a call has as many digits as a chat may need. --constrained-json-disable-any-whitespace holds inside
+    tags as well, which can be held to one character in a row and no less, as usual JSON has.
 
     Returns:
-        The arguments to go on with, None for those that there are.
+        The arguments to go on with.
     """
-    if backend.any_whitespace:
-        return None
     tag = json.loads(key_string)
-    if "structures" in tag:  # the older form has no place to say so
+    if "structures" in tag and not backend.any_whitespace:  # the older form has no place to say so
         tags = [
             {"type": "tag", "begin": one["begin"], "end": one["end"], "content": json_format(one["schema"])}
             for one in tag["structures"]
@@ -94,8 +95,11 @@ def compact_tags(backend: Any, key_string: str) -> tuple[tuple[Any, str], dict[s
         least = bool(tag.get("at_least_one"))
         tag_format = {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags, "at_least_one": least}
         tag = {"type": "structural_tag", "format": tag_format}
-    for each in json_formats(tag["format"]):
-        each["max_whitespace_cnt"] = 1
+    for part in parts(tag.get("format")):
+        if part.get("type") == "regex" and part["pattern"] == NUMBER:
+            part["pattern"] = CALL_NUMBER
+        if part.get("type") == "json_schema" and not backend.any_whitespace:
+            part["max_whitespace_cnt"] = 1
     return (backend, json.dumps(tag)), {}
 
 
@@ -104,11 +108,12 @@ def json_format(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def json_formats(tag_format: Any) -> Iterator[dict[str, Any]]:
-    """Every part of a structural tag that is JSON of some schema."""
-    if isinstance(tag_format, dict) and tag_format.get("type") == "json_schema":
+def parts(tag_format: Any) -> Iterator[dict[str, Any]]:
+    """Every part of a structural tag, down to the schemas, which are none."""
+    if isinstance(tag_format, dict):
         yield tag_format
-        return
-    parts = tag_format.values() if isinstance(tag_format, dict) else tag_format
-    for part in parts if isinstance(tag_format, dict | list) else ():
-        yield from json_formats(part)
+        inside = [value for key, value in tag_format.items() if key != "json_schema"]
+    else:
+        inside = tag_format if isinstance(tag_format, list) else []
+    for part in inside:
+        yield from parts(part)

@@ -72,7 +72,7 @@ NAMED_ALGORITHMS = "the host has a registry of diffusion algorithms"
 ROW_PLANS = "the host has a batch whose rows may be several blocks of one request"
 CPU_ENGINE = "the released wheel has the host's CPU kernels"
 NO_PLAN = "the host has attention of diffusion rows that needs no plan"
-COMPACT_TAGS = "the host's --constrained-json-disable-any-whitespace holds inside structural tags"
+COMPACT_TAGS = "the host bounds numbers of calls, and white space inside structural tags where JSON has none"
 MANY_TOKENS = "the host's detectors take pieces of many tokens"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
@@ -200,6 +200,11 @@ SEAMS: tuple[Seam, ...] = (
          "whether the whole answer has calls", MANY_TOKENS),
     Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_non_stream", Kind.USE,
          "(self, full_text, *, preserve_incomplete)", "the calls and the text of the whole answer", MANY_TOKENS),
+    Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser.get_structure_constraint", Kind.REPLACE,
+         "(self, tool_choice, parallel_tool_calls, thinking_mode)", "holds a call by name to that name",
+         "the host's older tags know the name that is asked for"),
+    Seam("sglang.srt.entrypoints.openai.protocol:ToolChoice", Kind.USE, CLASS, "whether a name is asked for",
+         "the host's older tags know the name that is asked for"),
     *fields("sglang.srt.function_call.function_call_parser:FunctionCallParser", "tools detector",
             "whether there is anything to parse", MANY_TOKENS),
     Seam("sglang.srt.function_call.base_format_detector:BaseFormatDetector.parses_without_tools", Kind.USE, "(cls)",
@@ -223,7 +228,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.parser.reasoning_parser:ReasoningParser.parse_stream_end", Kind.REPLACE, "(self)",
          "the end of a stream", MANY_TOKENS),
     Seam("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag", Kind.HOOK,
-         "(self, key_string)", "keeps white space out of tool calls", COMPACT_TAGS),
+         "(self, key_string)", "bounds numbers and white space in tool calls", COMPACT_TAGS),
     *fields("sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend", "any_whitespace",
             "whether a server wants none", COMPACT_TAGS),
     # Model class

@@ -13,6 +13,7 @@ has not, or the answer ends inside a call, that stays.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.openai.protocol import ToolChoice
 from sglang.srt.function_call.core_types import ToolCallItem
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
@@ -78,6 +80,13 @@ class PiecewiseCalls(FunctionCallParser):
         self._calls: list[ToolCallItem] = []  # that were sent, in order
         self._order: dict[int, int] = {}  # by the detector's index, which may be that of the tool
 
+    def get_structure_constraint(self, tool_choice: Any, *args: Any, **kwargs: Any) -> Any:
+        """The grammar of calls; one asked for by name allows that name alone, which many of the host's do not."""
+        narrowed = copy.copy(self)
+        if isinstance(tool_choice, ToolChoice):
+            narrowed.tools = [tool for tool in self.tools if tool.function.name == tool_choice.function.name]
+        return super(PiecewiseCalls, narrowed).get_structure_constraint(tool_choice, *args, **kwargs)
+
     def parse_stream_chunk(self, chunk_text: str) -> tuple[str, list[ToolCallItem]]:
         """What a piece of the stream adds: normal text up to the first call, and calls."""
         if not self.tools and not self.detector.parses_without_tools():
@@ -92,8 +101,9 @@ class PiecewiseCalls(FunctionCallParser):
         text, calls = self._sent(self._feed("", last=True))
         said, found = self._whole()
         calls += self._missing_calls(found)
-        if len(self._calls) <= len(found):  # else the answer ends inside a call, which is sent as far as it goes
-            text += self._missing_text(said)
+        more = self._missing_text(said)
+        if len(self._calls) <= len(found) or more.isspace():  # else the answer ends inside a call, which was sent
+            text += more
         self.detector.prev_tool_call_arr = []  # of which the host would add what is added here
         return text, merged(calls)
 

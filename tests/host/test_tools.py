@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
-from sglang.srt.entrypoints.openai.protocol import Tool
+from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice
 from sglang.srt.function_call.json_array_parser import JsonArrayParser
 from sglang.srt.parser.beam import BEAM_RESPONSE_TEMPLATE
 from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.host.grammar import compact_tags
+from sglang_llada.host.grammar import bound_tags
 from sglang_llada.host.tools import READINGS, PiecewiseCalls, PiecewiseThinking
 from tests.host.formats import FORMATS, PROSE, Calls, json_of
 from tests.host.serving import ROOT
@@ -136,9 +136,10 @@ def test_required_calls_without_a_format_of_their_own_are_read_wherever_they_are
 
 @pytest.mark.parametrize("name", ["qwen", "kimi_k2"])
 def test_an_answer_that_ends_inside_a_call_has_brought_the_beginning_of_it(name: str) -> None:
-    answer = "I look." + FORMATS[name](NESTED)
-    said, [(called, arguments)] = streamed(name, [answer[: answer.index("STOP")]])
-    assert (said, called) == ("I look.", "weather")
+    answer = "I look.\n" + FORMATS[name](NESTED)
+    cut = answer[: answer.index("STOP")]
+    said, [(called, arguments)] = streamed(name, [cut])
+    assert (said, called) == (whole(name, cut)[0], "weather")
     assert isinstance(arguments, str)
     assert arguments.startswith('{"place": "Zürich') and json_of(NESTED[0][1]).startswith(arguments)
 
@@ -215,11 +216,18 @@ def test_a_server_that_wants_no_runs_of_white_space_in_json_has_none_in_calls(na
     kind, tag = PiecewiseCalls(strict, name).get_structure_constraint("required") or ("", "")
     assert kind == "structural_tag"
     for separators, allowed in (((",", ":"), True), ((", ", ": "), True), ((",  ", ": "), spaces)):
-        written = tag.model_dump_json(by_alias=True)
-        (_, key), _ = compact_tags(backend, written) or ((backend, written), {})
+        (_, key), _ = bound_tags(backend, tag.model_dump_json(by_alias=True))
         grammar = backend.dispatch_structural_tag(key)
         call = FORMATS[name](ROME).replace(json_of(ROME[0][1]), json.dumps(ROME[0][1], separators=separators))
         call = call.replace(
             '"name": "add", "arguments": ', '"name":"add", "arguments":'
         )  # what the grammar begins with
         assert grammar.matcher.accept_string(call) is allowed, call
+
+
+@pytest.mark.parametrize("name", ["qwen", "kimi_k2", "hermes"])
+def test_a_call_by_name_is_held_to_that_name(name: str) -> None:
+    choice = ToolChoice(function={"name": "add"})
+    kind, tag = PiecewiseCalls(TOOLS, name).get_structure_constraint(choice) or ("", "")
+    written = tag.model_dump_json()
+    assert kind == "structural_tag" and "add" in written and "weather" not in written
