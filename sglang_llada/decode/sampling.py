@@ -46,6 +46,13 @@ def draw(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
     return draw_sorted(logits, mask_id, draws)
 
 
+def warm_up(vocabulary: int, mask_id: int, device: torch.device | str) -> None:
+    """Draw once, so that no request waits for a kernel to be compiled."""
+    one = torch.ones(1, device=device)
+    how = Draws(temperature=one, top_k=one.long(), top_p=one, min_p=one * 0, noise=one.double() * 0, whole=0)
+    draw(torch.zeros(1, vocabulary, device=device), mask_id, how)
+
+
 def draw_sorted(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
     """As draw, in torch."""
     sound = logits.amax(-1).isfinite()

@@ -29,7 +29,7 @@ from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
-from sglang_llada.decode.sampling import uniform
+from sglang_llada.decode.sampling import uniform, warm_up
 from sglang_llada.decode.whole import Group, order, report
 from sglang_llada.host.arguments import facts_of, row_budget
 from sglang_llada.host.rows import (
@@ -211,6 +211,8 @@ class Executor:
         self.shapes: dict[int, ForwardBatch] = {}  # by number of rows
         # The host's eager runner would copy each step into buffers sized for max_running_requests rows.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
+        if torch.device(self.device).type == "cuda":  # captured graphs have compiled all else
+            warm_up(decider.model.config.vocab_size, decider.tokens.mask, self.device)
 
     def launch(self, plan: Plan, of_ranks: list[int] | None = None) -> InFlight:
         """Enqueue a plan's forward and decode step. Called in inference mode.

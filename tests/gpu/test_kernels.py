@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from sglang_llada.config import RUN, DecodeConfig, Report, Sampling
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import decide, in_torch, numbers, pack, record
-from sglang_llada.decode.sampling import Draws, draw, draw_sorted, uniform
+from sglang_llada.decode.sampling import Draws, draw, draw_sorted, uniform, warm_up
 from sglang_llada.decode.select import Head, select
 from sglang_llada.decode.whole import Group, choose, report, whole_logits
 from sglang_llada.llada2 import attention_triton
@@ -200,6 +201,17 @@ def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
     want = distribution.share(logits, distribution.sampling(**way))
     torch.testing.assert_close(prob.cpu(), want[token.cpu()], rtol=1e-4, atol=0)
     assert distribution.fit(token.cpu(), want) > 0.001
+
+
+def test_a_request_that_samples_finds_its_kernel_compiled() -> None:
+    """The first draw after a warm-up takes milliseconds, where compiling takes seconds."""
+    warm_up(157_184, MASK, "cuda")
+    logits, how = torch.randn(7, 157_184, device="cuda"), of_one_kind(torch.rand(7).double(), top_p=0.9)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    draw(logits, MASK, how)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - begin < 0.5
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 1000, "top_p": 0.9}])
