@@ -379,9 +379,7 @@ def kernel(
     p = begin + tl.arange(0, POSITIONS)
     there = p < count
     if LOWERED:
-        unwanted = tl.load(less + p, there, -1).to(tl.int32)
-        lower = tl.load(by + p, there, 0.0)
-        lowers = tl.max(tl.abs(lower), 0) > 0.0  # in most steps nobody's
+        lowers = tl.max(tl.abs(tl.load(by + p, there, 0.0)), 0) > 0.0  # in most steps nobody's
     best, ids = none_yet(POSITIONS, PADDED)
     top = tl.full((POSITIONS,), float("-inf"), tl.float32)
     mass = tl.zeros((POSITIONS,), tl.float32)
@@ -409,7 +407,8 @@ def kernel(
         x = tl.where(known[None, :], x, float("-inf"))
         names = (first + row)[None, :]
         if LOWERED:  # noqa: SIM102 (else there is nothing to ask)
-            if lowers:
+            if lowers:  # loaded anew for each tile: the products need the registers
+                unwanted, lower = tl.load(less + p, there, -1).to(tl.int32), tl.load(by + p, there, 0.0)
                 x -= tl.where(names == unwanted[:, None], lower[:, None], 0.0)
         top, base, mass = raised(top, mass, x)
         mass += tl.sum(tl.exp(x - base[:, None]), 1)

@@ -77,6 +77,7 @@ class Bench:
             v_head_dim=DIM,
             layer_id=0,
             scaling=DIM**-0.5,
+            k_scale=None,
             is_cross_attention=False,
             attn_type=AttentionType.DECODER if causal else AttentionType.ENCODER_ONLY,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_llada.config import DecodeConfig, Sampling
-from sglang_llada.llada2.checkpoint import CheckpointFacts
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.editing import Wishes, generate_as
 from tests.host.conftest import NEW_TOKENS, Case, loaded
 
@@ -157,4 +157,6 @@ def answer(question: Question) -> Case:
 def babble(count: int, seed: int = 0) -> list[list[int]]:
     """Prompts of random tokens, to which answers are long and odd."""
     rng = random.Random(seed)
-    return [[rng.randrange(300) for _ in range(rng.choice([1, 5, 20, 33, 60]))] for _ in range(count)]
+    prompts = [[rng.randrange(300) for _ in range(rng.choice([1, 5, 20, 33, 60]))] for _ in range(count)]
+    mask = read_facts(CHECKPOINT).mask_id  # which is no text
+    return [[token if token != mask else mask + 1 for token in prompt] for prompt in prompts]
