@@ -57,7 +57,6 @@ def install(mode: Mode) -> None:
 
         register_algorithms()
         hook_model_class()
-        hook_attention()
         hook_sampling_defaults()
         hook_door()
         replace_parsers()
@@ -129,21 +128,6 @@ def register_model_class(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
-
-
-def hook_attention() -> None:
-    """Register our attention when a process first builds one, for the same reason."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    target = "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends"
-    HookRegistry.register(target, register_attention, HookType.BEFORE)
-
-
-def register_attention(*args: Any, **kwargs: Any) -> None:
-    """Make the host find our attention. Runs before attention is built and leaves its arguments as they are."""
-    from sglang_llada.host import attention
-
-    attention.register()
 
 
 def hook_sampling_defaults() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sglang_llada.decode.contract import StepOut
 from sglang_llada.decode.decide import pack
+from sglang_llada.host import attention
 from sglang_llada.host.arguments import is_ours
 from sglang_llada.host.attention import KernelAttention
 from sglang_llada.host.executor import Decider, forward_rows, to_device
@@ -112,7 +113,8 @@ def graph_runner_class(chosen: type, model_runner: Any) -> type:
 
 
 def build_attention(original: Callable[..., None], model_runner: Any) -> None:
-    """Build a model's attention backends with buffers for the rows of a forward."""
+    """Build a model's attention backends, ours among those to choose from, with buffers for the rows of a forward."""
+    attention.register()
     if not is_ours(model_runner.server_args):
         return original(model_runner)
     with slots_for(model_runner, forward_rows(model_runner)):

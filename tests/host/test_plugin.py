@@ -386,8 +386,9 @@ def test_a_server_of_another_model_is_not_ours(arguments: Any, other: str, given
     ],
 )
 def test_graphs_are_captured_for_two_rows_a_request_unless_the_user_says(
-    arguments: Any, llada2: str, given: dict[str, Any], most: int | None
+    arguments: Any, llada2: str, card: Any, given: dict[str, Any], most: int | None
 ) -> None:
+    card(9, 0)
     args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", **given)
     assert args.cuda_graph_max_bs_decode == most
     assert args.disable_prefill_cuda_graph
