@@ -10,7 +10,7 @@ BIN := .venv/bin
 # Newer than pyproject.toml exactly when .venv holds what it asks for.
 STAMP := .venv/.installed
 
-.PHONY: venv serve test lint bench clean
+.PHONY: venv serve test test-all lint bench clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,10 @@ lint: venv
 
 test: lint
 	$(BIN)/python -m pytest
+
+# And the tests that take minutes each and show what others show in part.
+test-all: lint
+	$(BIN)/python -m pytest -m "long or not long"
 
 # About ten minutes; each prints a table and, as its last line, a record for `python -m bench.compare`.
 bench: venv

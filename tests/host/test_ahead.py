@@ -238,9 +238,10 @@ def run(seed: int, count: int, *, ahead: bool) -> tuple[Load, dict[str, Request[
     return load, asked
 
 
-@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "after"])
-def test_answers_are_those_of_each_request_alone(ahead: bool) -> None:
-    count = 2000
+@pytest.mark.parametrize(
+    ("ahead", "count"), [(True, 500), (False, 200), pytest.param(True, 10_000, marks=pytest.mark.long)]
+)
+def test_answers_are_those_of_each_request_alone(ahead: bool, count: int) -> None:
     load, asked = run(7, count, ahead=ahead)
     wrong = [
         rid
@@ -248,4 +249,4 @@ def test_answers_are_those_of_each_request_alone(ahead: bool) -> None:
         if answer != decoded(list(asked[rid].prompt), asked[rid].rules, asked[rid].max_new_tokens)
     ]
     print(f"{len(load.answers)} answers, {len(load.aborted)} aborted, {load.retracted} retracted, {len(wrong)} wrong")
-    assert not wrong and len(load.answers) > count / 2 and load.retracted > 10
+    assert not wrong and len(load.answers) > count / 2 and load.retracted > count / 100

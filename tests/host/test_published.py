@@ -158,7 +158,10 @@ def test_a_model_that_is_nowhere_is_said_in_a_sentence(hub: Path, model: str, to
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("dFactory-mini-merged", ["--trust-remote-code"]), ("LLaDA2.2-mini-rope-parameters-only", [])],
+    [
+        ("dFactory-mini-merged", ["--trust-remote-code"]),
+        pytest.param("LLaDA2.2-mini-rope-parameters-only", [], marks=pytest.mark.long),
+    ],
 )
 def test_a_published_layout_is_served_by_the_plain_command(name: str, flags: list[str], tmp_path: Path) -> None:
     with serving(write(name, tmp_path), tmp_path / "log", *flags) as server:

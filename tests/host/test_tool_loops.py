@@ -25,7 +25,7 @@ CHOICES = ["required", "add", "spell"]
 STREAMS = [False, True]
 
 
-@pytest.fixture(scope="module", params=["2.0", "2.2"])
+@pytest.fixture(scope="module", params=["2.0", pytest.param("2.2", marks=pytest.mark.long)])
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Servers by the plain command, on a checkpoint with each of the two formats of calls."""
     if request.param == "2.0":
