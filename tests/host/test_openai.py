@@ -160,8 +160,13 @@ def test_required_tools_are_called(client: openai.OpenAI, compact: dict[str, int
         streamed = [each for delta in pieces for each in delta.tool_calls or ()]
         arguments = "".join(each.function.arguments or "" for each in streamed)
         assert json.loads(arguments) == json.loads(call.function.arguments)
-    free = chat(client, "What is 1 + 1?", tools=TOOLS, tool_choice="auto", max_tokens=40)
-    assert text_of(free) == text_of(chat(client, "What is 1 + 1?", tools=TOOLS, tool_choice="none", max_tokens=40))
+    # The prompt lists the tools then, and only then.
+    free = {
+        how: chat(client, "What is 1 + 1?", tools=TOOLS, tool_choice=how, max_tokens=40) for how in ("auto", "none")
+    }
+    assert free["auto"].usage.prompt_tokens > free["none"].usage.prompt_tokens
+    assert text_of(free["none"]) == text_of(chat(client, "What is 1 + 1?", max_tokens=40))
+    assert text_of(free["auto"]) and not free["auto"].choices[0].message.tool_calls
 
 
 def test_salted_prompts_share_nothing(client: openai.OpenAI) -> None:
