@@ -718,8 +718,6 @@ SEAMS: tuple[Seam, ...] = (
          "tells the router who runs the experts: nobody of the host", CPU_ENGINE),
     Seam("sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput", Kind.USE, CLASS,
          "what an expert layer gives", CPU_ENGINE),
-    *fields("sglang.srt.layers.radix_attention:RadixAttention", "k_scale k_scale_float v_scale_float",
-            "by what KV of 8 bits was divided", CPU_ENGINE),
     # Model: layers are named only, since one that takes other arguments fails loudly when the model is built
     Seam("sglang.srt.model_executor.forward_context:get_token_to_kv_pool", Kind.USE, "()",
          "the model writes KV before attention", OWN_MODEL),

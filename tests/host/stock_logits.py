@@ -19,7 +19,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_llada.host import cpu_experts
 from sglang_llada.host.executor import Executor
-from sglang_llada.host.rows import send
+from sglang_llada.host.rows import WRITTEN
 from tests.toy import EOS, make_checkpoint
 
 T, BLOCKS, SLOT = 32, 5, 1
@@ -52,12 +52,14 @@ def load(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    executor = Executor(runner, SimpleNamespace(block_size=T, idle=[], model=runner.model))  # type: ignore[arg-type]  # a stand-in
+    decider = SimpleNamespace(block_size=T, idle=[], model=runner.model, last=torch.zeros(1, T + 1, dtype=torch.int64))
+    executor = Executor(runner, decider)  # type: ignore[arg-type]  # a stand-in
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    written = np.column_stack((ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T)))
-    rows = send(written, T, table.shape[1], runner.device)
-    return runner.forward(executor.forward_batch(rows)).logits_output.full_logits
+    written = np.column_stack((ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T), [WRITTEN] * BLOCKS))
+    batch = executor._batch(written)
+    executor._unfold(batch)
+    return runner.forward(batch).logits_output.full_logits
 
 
 if __name__ == "__main__":

@@ -107,4 +107,4 @@ def test_three_parts_of_bf16_are_the_weight() -> None:
     assert parts.dtype == torch.bfloat16
     assert torch.equal(parts.float().unflatten(0, (PARTS, -1)).sum(0), weight)
     x = torch.randn(5, 128, generator=random).bfloat16()
-    torch.testing.assert_close(summed(products(x, parts)), x.float() @ weight.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(summed(products(x, parts)), x.float() @ weight.T, rtol=1e-4, atol=1e-4)
