@@ -31,7 +31,7 @@ from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import decide_triton, select_triton
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import in_torch, numbers, pack, record
-from sglang_llada.decode.select import Best, Head, best, finish, reduce
+from sglang_llada.decode.select import Best, Head, Lowered, best, finish, reduce
 from sglang_llada.decode.select_triton import Form
 from sglang_llada.llada2.rotary_triton import rotate_and_store
 from sglang_llada.llada2.router import products, route, split
@@ -196,7 +196,7 @@ def fits(form: Form, positions: int) -> bool:
 def in_form(form: Form, hidden: Tensor, head: Head) -> Best:
     """Selection with the first kernel in a form."""
     records = select_triton.run_slices(form, hidden, head.weight, None, None, head.first, MASK, 1)
-    return Best(*torch.ops.sglang_llada.finish_records(records, None, len(hidden), form.positions, 1))
+    return Best(*select_triton.finish_records_op(records, None, len(hidden), form.positions, 1))
 
 
 def in_chunks(hidden: Tensor, chunks: Sequence[Tensor]) -> None:
@@ -222,11 +222,11 @@ def decisions(shape: Shape, card: Card, _until: float) -> list[dict[str, Any]]:
         floor = card.floor(head.weight.nbytes, positions * head.weight.numel())
         rows.append(show("decide", count, "kernels", card.us(lambda f=ours: pack(f())), floor, right))
         rows.append(show("decide", count, "torch around selection", card.us(lambda f=torchs: pack(f())), floor, True))
-        gathered = partial(torch.ops.sglang_llada.gather_wanted, hidden, table, T, positions)
-        _, number = gathered()
+        gathered = partial(decide_triton.gather_wanted, hidden, ids, table, T, positions)
+        _, number, less, by = gathered()
         rows.append(show("decide", count, "of it gathering", card.us(gathered, 20), card.floor(hidden.nbytes), True))
-        found = select_triton.select(hidden, head, MASK, 1, None, number)
-        last = partial(torch.ops.sglang_llada.decide_rows, ids, table, found.token, found.prob, T)
+        found = select_triton.select(hidden, head, MASK, 1, None, number, Lowered(less, by))
+        last = partial(decide_triton.decide_rows, ids, table, found.token, found.prob, T)
         rows.append(
             show("decide", count, "of it the last kernel", card.us(last, 20), card.floor(3 * table.nbytes), True)
         )
