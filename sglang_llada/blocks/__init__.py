@@ -1,5 +1,6 @@
 """What the scheduler keeps, in pure Python: requests as blocks, the row planner and the rules of committing."""
 
+from sglang_llada.blocks.filling import Filling, prefixes
 from sglang_llada.blocks.planner import Plan, Row, RowKind, most_rows, next_step
 from sglang_llada.blocks.request import Block, Decided, Ending, Phase, Request, Rules
 from sglang_llada.blocks.table import Table
@@ -8,6 +9,7 @@ __all__ = [
     "Block",
     "Decided",
     "Ending",
+    "Filling",
     "Phase",
     "Plan",
     "Request",
@@ -17,4 +19,5 @@ __all__ = [
     "Table",
     "most_rows",
     "next_step",
+    "prefixes",
 ]

@@ -12,8 +12,9 @@ the others down a little rather than starve.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -47,6 +48,11 @@ class Plan:
     """The rows of a step, rows of one request in order of position."""
 
     rows: list[Row]
+
+    def fills(self) -> Iterator[tuple[Request[Any], int]]:
+        """Each request, and how many of its rows write final KV."""
+        for request, rows in groupby(self.rows, key=REQUEST):
+            yield request, sum(row.kind is not RowKind.DENOISE for row in rows)
 
     def of(self, kind: RowKind) -> list[Row]:
         """The rows of one kind, in order."""

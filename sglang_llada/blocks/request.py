@@ -111,7 +111,7 @@ class Rules:
     reads_prompt: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # a request is itself, whatever another one has
 class Request(Generic[P]):
     """A request's blocks. `P` is whatever the decode wants to know per request; it is only carried here."""
 
@@ -126,6 +126,9 @@ class Request(Generic[P]):
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only carried here
     plain: bool = True  # whether a step need not look at `params`; only carried here
     noted: bool = False  # whether notes are kept on its tokens
+    rare_stops: bool = False  # whether it has stop ids that most requests do not have; only carried here
+    prefixes: Sequence[int] = ()  # of filling.prefixes(); only carried here
+    shown: list[Any] = field(default_factory=list)  # what is to be shown of its steps; only carried here
     # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
     # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().
     patient: bool = False
@@ -162,6 +165,12 @@ class Request(Generic[P]):
         self.filled = cached
         self.phase = Phase.FILLING
         self._catch_up()
+
+    def take_part(self, fills: int) -> None:
+        """Note that a forward is launched that it has rows in; so many of them write the final KV of its next blocks."""
+        self.forwards += 1
+        if fills:
+            self.fill(fills)
 
     def fill(self, blocks: int) -> None:
         """Note that a launched forward writes the final KV of the next `blocks` blocks."""
@@ -296,14 +305,6 @@ class Request(Generic[P]):
         """Whether its live block runs at all: a request for 0 tokens mostly only fills."""
         return self.max_new_tokens > 0 or self.rules.reads_prompt
 
-    def common_prefix(self, other: Request[Any]) -> int:
-        """Positions of whole blocks that the prompts of both begin with."""
-        at, T, mine, theirs = 0, self.block_size, self.prompt, other.prompt
-        upto = min(len(mine), len(theirs)) - T
-        while at <= upto and mine[at : at + T] == theirs[at : at + T]:
-            at += T
-        return at
-
     def block_at(self, position: int) -> Block:
         """The live block that holds the position."""
         return self.blocks[(position - self.live_from) // self.block_size]
@@ -319,8 +320,10 @@ class Request(Generic[P]):
             return list(self.prompt[start:stop])
         return list(self.prompt[start:n]) + self.output[: stop - n]
 
-    def check(self) -> None:
-        """Raise IntegrityError if the fields contradict one another."""
+    def contradictions(self) -> list[str]:
+        """What in its fields contradicts the rest."""
+        if not self.blocks:
+            return ["no block is live"]
         T, first, rules = self.block_size, self.live_from, self.rules
         ahead = len(self.blocks) - self._leading_done()
         facts = [
@@ -350,9 +353,7 @@ class Request(Generic[P]):
             (len(self.output) <= max(self.max_new_tokens, 0), f"{len(self.output)} tokens of {self.max_new_tokens}"),
             ((self.phase is Phase.DONE) == (self.ending is not None), f"{self.phase} with ending {self.ending}"),
         ]
-        wrong = [text for holds, text in facts if not holds]
-        if wrong:
-            raise IntegrityError(f"{self.rid}: " + "; ".join(wrong))
+        return [text for holds, text in facts if not holds]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

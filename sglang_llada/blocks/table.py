@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_llada.blocks.planner import Plan, RowKind
 from sglang_llada.blocks.request import Ending, Phase, Request
 from sglang_llada.errors import IntegrityError
 
@@ -28,17 +27,6 @@ class Table:
         self._requests[rid] = request
         request.admit(cached)
 
-    def advance(self, plan: Plan) -> None:
-        """Book a launched forward: its FILL and SEAL rows write final KV, and everybody in it has one more forward."""
-        last: Request[Any] | None = None
-        for row in plan.rows:
-            request = row.request
-            if request is not last:  # rows of one request stand together
-                request.forwards += 1
-                last = request
-            if row.kind is not RowKind.DENOISE:
-                request.fill(1)
-
     def drop(self, rid: str) -> None:
         """End a request from outside (abort, error) and drop it; unknown ids are fine, they never got here."""
         request = self._requests.pop(rid, None)
@@ -58,25 +46,26 @@ class Table:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def check_integrity(self, held: dict[str, int]) -> None:
-        """Compare with what the pools say is held.
+    def contradictions(self, held: dict[str, int]) -> dict[str, str]:
+        """What is wrong with which request, by id: it contradicts itself, or what the pools say is held.
 
         Args:
             held: per request id, the positions it has KV pages for.
-
-        Raises:
-            IntegrityError: a request contradicts itself, holds pages while it must not, or lacks pages it needs.
         """
+        found = {rid: "KV is held for a request that is not known" for rid in held.keys() - self._requests.keys()}
         for request in self:
-            request.check()
+            wrong = request.contradictions()
             pages = held.get(request.rid, 0)
-            ahead = 0 if request.ahead is None else request.block_size
-            at_most = 0 if request.phase is Phase.WAITING else request.live_to + ahead
-            if not request.filled <= pages <= at_most and request.phase is not Phase.DONE:
-                raise IntegrityError(
-                    f"{request.rid}: {request.phase.name}, filled {request.filled}, holds {pages} positions, "
-                    f"may hold {at_most}"
-                )
-        strangers = held.keys() - self._requests.keys()
-        if strangers:
-            raise IntegrityError(f"KV is held for unknown requests: {sorted(strangers)}")
+            if not wrong and request.phase is not Phase.DONE:
+                ahead = 0 if request.ahead is None else request.block_size
+                at_most = 0 if request.phase is Phase.WAITING else request.live_to + ahead
+                if not request.filled <= pages <= at_most:
+                    wrong = [f"filled {request.filled}, holds {pages} positions, may hold {at_most}"]
+            if wrong:
+                found[request.rid] = f"{request.phase.name}: " + "; ".join(wrong)
+        return found
+
+    def check_integrity(self, held: dict[str, int]) -> None:
+        """Raise IntegrityError if there are contradictions."""
+        if found := self.contradictions(held):
+            raise IntegrityError("; ".join(f"{rid}: {what}" for rid, what in found.items()))

@@ -137,7 +137,8 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
             pool.free(victim.rid)
             waiting.insert(0, victim.rid)
             ended["retracted"] += 1
-        table.advance(plan)
+        for request, fills in plan.fills():
+            request.take_part(fills)
         for request in {row.request.rid: row.request for row in plan.of(RowKind.DENOISE)}.values():
             before = list(request.output)
             committed = request.decide(denoise(request, rng))
