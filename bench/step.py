@@ -27,6 +27,7 @@ from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
 from sglang_llada.host.executor import Executor, outcome_width
+from sglang_llada.host.failures import Failures
 from sglang_llada.host.scheduler import LladaScheduler
 
 T, MASK = 32, 2
@@ -154,6 +155,7 @@ def idle_scheduler(rows: int, decider: FirstOpen | None = None) -> LladaSchedule
     scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
     scheduler.flights, scheduler.landed, scheduler.going_on = deque(), None, []
     scheduler.overlaps = scheduler.runs_ahead = False
+    scheduler.failures, scheduler.peers = Failures(lambda: None), None
     scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
     scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
     scheduler.running_batch = SimpleNamespace(reqs=[])

@@ -167,7 +167,7 @@ class Request(Generic[P]):
         self._catch_up()
 
     def take_part(self, fills: int) -> None:
-        """Note that a forward is launched that it has rows in; so many of them write the final KV of its next blocks."""
+        """Note that a forward with rows of it is launched; `fills` of them write the final KV of its next blocks."""
         self.forwards += 1
         if fills:
             self.fill(fills)
@@ -250,6 +250,11 @@ class Request(Generic[P]):
         if self.phase is Phase.DONE:
             raise IntegrityError(f"{self.rid}: ended twice ({self.ending}, then {ending})")
         self.phase, self.ending = Phase.DONE, ending
+
+    def abandon(self) -> None:
+        """Take no further part, whatever a move that failed has left; it may have ended already."""
+        if self.phase is not Phase.DONE:
+            self.phase, self.ending = Phase.DONE, Ending.OUTSIDE
 
     def report_notes(self, upto: int) -> list[Any]:
         """Notes on the tokens since the last call, of the first `upto` tokens."""

@@ -52,8 +52,10 @@ class Table:
         Args:
             held: per request id, the positions it has KV pages for.
         """
-        found = {rid: "KV is held for a request that is not known" for rid in held.keys() - self._requests.keys()}
+        found = dict.fromkeys(held.keys() - self._requests.keys(), "KV is held for a request that is not known")
         for request in self:
+            if request.ending is Ending.OUTSIDE:
+                continue  # perhaps for what was wrong with it
             wrong = request.contradictions()
             pages = held.get(request.rid, 0)
             if not wrong and request.phase is not Phase.DONE:

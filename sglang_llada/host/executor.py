@@ -30,7 +30,7 @@ from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
 from sglang_llada.decode.sampling import uniform, warm_up
-from sglang_llada.decode.whole import Group, order, report
+from sglang_llada.decode.whole import Group, Shape, order, report
 from sglang_llada.host.arguments import facts_of, row_budget
 from sglang_llada.host.rows import (
     SLOT,
@@ -59,11 +59,13 @@ class InFlight:
         plan: its rows.
         deciding: which of them decide, bool [R].
         patient: of those, the ones of patient requests.
+        rare: the ones of requests with stop ids that `Executor.stops` may not list.
         own: their positions that are not a prompt's, bool [R, T].
         outcome: what was decided (decide.pack), on its way to the host; None if no row decides.
         replayed: whether a graph ran it.
         groups: requests with more to them than their best tokens.
         reports: the log-probabilities that some of them want, see whole.report().
+        failed: what went wrong with what a request asks of its logits, by id.
         carried: blocks that it took over from a step that was not read, by identity. Where that step finished one, the
             row in this step sealed it.
     """
@@ -71,11 +73,13 @@ class InFlight:
     plan: Plan
     deciding: Flags
     patient: Flags
+    rare: Flags
     own: Flags
     outcome: Coming | None
     replayed: bool
     groups: list[RequestGroup]
     reports: Tensor | None
+    failed: dict[str, Exception] = field(default_factory=dict)
     carried: frozenset[int] = field(default=frozenset())
 
 
@@ -94,10 +98,16 @@ class Coming:
 
 
 class Decision(NamedTuple):
-    """What a step decided for each live block of a request; None if some of its logits were not finite."""
+    """What a step decided for each live block of a request, and in which of its rows."""
 
     request: Request[DecodeConfig]
-    blocks: list[Decided] | None
+    rows: list[int]
+    blocks: list[Decided]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the logits were."""
+        return all(block.tokens[0] >= 0 for block in self.blocks)
 
 
 class Landed(NamedTuple):
@@ -124,22 +134,20 @@ class Landed(NamedTuple):
         if not len(at):
             return []
         decisions: list[Decision] = []
-        blocks: list[Decided] = []
-        sound = True
         for r, decided in zip(at.tolist(), self.outcome.decided(at), strict=True):
-            row = self.rows[r]
-            request = row.request
-            sound &= decided.tokens[0] >= 0
-            if request.noted:
-                decided = noted(row, decided, self.outcome.trace(r), self.reports.get(request.rid, {}))
+            request = self.rows[r].request
             if decisions and decisions[-1].request is request:
-                blocks.append(decided)
+                decisions[-1].rows.append(r)
+                decisions[-1].blocks.append(decided)
             else:
-                blocks = [decided]
-                decisions.append(Decision(request, blocks))
-        if sound:
-            return decisions
-        return [Decision(r, None if any(b.tokens[0] < 0 for b in blocks or ()) else blocks) for r, blocks in decisions]
+                decisions.append(Decision(request, [r], [decided]))
+        return decisions
+
+    def noted(self, decision: Decision) -> list[Decided]:
+        """The blocks of a decision with what is to be said of each token."""
+        report = self.reports.get(decision.request.rid, {})
+        found = zip(decision.rows, decision.blocks, strict=True)
+        return [noted(self.rows[r], decided, self.outcome.trace(r), report) for r, decided in found]
 
     @property
     def going_on(self) -> list[Row]:
@@ -203,8 +211,7 @@ class Executor:
         self.graphs = model_runner.decode_cuda_graph_runner
         self.offsets = torch.arange(self.block_size, device=self.device)
         self.writer = Writer(self.block_size, decider.idle)
-        # Which tokens end some request, or stand for logits that are not finite (-1). Where they are another request's
-        # a row is urgent that need not be.
+        # Which tokens end a request that asks for nothing else, or stand for logits that are not finite (-1).
         self.stops = np.zeros(decider.model.config.vocab_size + 1, bool)
         self.stops[-1] = True
         self.counts_tokens = enable_num_token_non_padded()
@@ -230,7 +237,8 @@ class Executor:
         # From here on the device works: what read() will want to know is worked out now.
         self.writer.follow(plan, written)
         special = [(r, row) for r, row in enumerate(planned) if not row.request.plain]
-        asking = self._groups(special) if special else []
+        failed: dict[str, Exception] = {}
+        asking = self._groups(special, failed) if special else []
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
         begins = np.array([T if row.block is None else row.block.given for row in planned])
@@ -259,11 +267,13 @@ class Executor:
             plan=plan,
             deciding=deciding,
             patient=patient,
+            rare=np.array([row.request.rare_stops for row in planned], bool) & deciding,
             own=offsets(T) >= begins[:, None],
             outcome=None if outcome is None else to_host(outcome),
             replayed=output.can_run_graph,
             groups=asking,
             reports=reports,
+            failed=failed,
             carried=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
         )
 
@@ -277,8 +287,12 @@ class Executor:
         outcome = Outcome(numbers, self.block_size, len(self.decide.idle) - 1 - len(STAYS))
         deciding = launched.deciding & np.fromiter(map(is_live, rows), bool, len(rows))
         self.writer.keep(launched.plan, outcome, deciding)
-        stops = (self.stops[outcome.ids] & launched.own).any(-1)
-        calm = launched.patient & deciding & (outcome.done == 0) & ~stops
+        calm = launched.patient & deciding & (outcome.done == 0)
+        # Most tokens that end anybody's answer end all: who has others, or does not stop at these, is asked itself.
+        ends = (self.stops[outcome.ids] & launched.own).any(-1) | launched.rare
+        for r in (calm & ends).nonzero()[0].tolist():
+            tokens = outcome.ids[r][launched.own[r]].tolist()
+            calm[r] = -1 not in tokens and rows[r].request.stop_ids.isdisjoint(tokens)
         return Landed(rows, outcome, deciding ^ calm, calm, reports)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
@@ -297,36 +311,40 @@ class Executor:
                 found.setdefault(request.rid, {}).update(rows)
         return found
 
-    def _groups(self, rows: list[tuple[int, Row]]) -> list[RequestGroup]:
-        """Of numbered rows, their requests with more to them than their best tokens, in the order that a step needs."""
-        found = {}
+    def _groups(self, rows: list[tuple[int, Row]], failed: dict[str, Exception]) -> list[RequestGroup]:
+        """Of numbered rows, their requests with more to them than their best tokens, in the order that a step needs.
+
+        `failed` gets what goes wrong with a request here, or when its logits are changed.
+        """
         asked: list[RequestGroup] = []
+        begun: set[str] = set()
         for r, row in rows:
-            request, params = row.request, row.request.params
+            params, rid = row.request.params, row.request.rid
             if params.sampling is None and params.shaping is None and params.report is None:
                 continue
-            if (prompt := self._prompt_group(r, row)) is not None:
-                asked.append(prompt)
-            if row.kind is not RowKind.DENOISE or request.rid in found:
-                continue  # the rows of its other live blocks follow this one
-            positions = free_positions(request)
-            how, noise = params.sampling, None
-            if how is not None:
-                where = torch.tensor(positions)
-                noise = uniform(torch.full_like(where, how.seed), where, torch.full_like(where, request.steps))
-            found[request.rid] = RequestGroup(
-                request,
-                positions,
-                Group(
-                    at=[r * self.block_size + position - row.start for position in positions],
-                    vocabulary=self.decide.model.config.vocab_size,
-                    sampling=how,
-                    noise=noise,
-                    shape=None if params.shaping is None else params.shaping.of(request, positions),
-                    report=params.report,
-                ),
-            )
-        return sorted([*found.values(), *asked], key=lambda each: order(each.group))
+            try:
+                if (prompt := self._prompt_group(r, row)) is not None:
+                    asked.append(prompt)
+                if row.kind is RowKind.DENOISE and rid not in begun:  # the rows of its other live blocks follow
+                    begun.add(rid)
+                    asked.append(self._group(r, row, failed))
+            except Exception as error:  # one request's, which ends for it
+                failed[rid] = error
+        return sorted(asked, key=lambda each: order(each.group))
+
+    def _group(self, r: int, row: Row, failed: dict[str, Exception]) -> RequestGroup:
+        """The request of row `r`, of all its positions that may change."""
+        request, params = row.request, row.request.params
+        positions = free_positions(request)
+        how, noise, shape = params.sampling, None, None
+        if how is not None:
+            where = torch.tensor(positions)
+            noise = uniform(torch.full_like(where, how.seed), where, torch.full_like(where, request.steps))
+        if params.shaping is not None:
+            shape = contained(params.shaping.of(request, positions), request.rid, failed)
+        at = [r * self.block_size + position - row.start for position in positions]
+        vocabulary = self.decide.model.config.vocab_size
+        return RequestGroup(request, positions, Group(at, vocabulary, how, noise, shape, params.report))
 
     def _prompt_group(self, r: int, row: Row) -> RequestGroup | None:
         """The prompt's tokens in row `r` of which the request wants log-probabilities and has none yet."""
@@ -439,6 +457,19 @@ def tokens_of(facts: CheckpointFacts) -> Tokens:
     if facts.delete_id is None or facts.split_id is None:
         return Tokens(facts.mask_id)
     return Tokens(facts.mask_id, facts.delete_id, facts.split_id)
+
+
+def contained(shape: Shape, rid: str, failed: dict[str, Exception]) -> Shape:
+    """What changes a request's logits; where that fails, they stay as they are and `failed` says why."""
+
+    def safe(logits: Tensor) -> Tensor:
+        try:
+            return shape(logits)
+        except Exception as error:  # one request's, which ends for it
+            failed.setdefault(rid, error)
+            return logits
+
+    return safe
 
 
 def noted(row: Row, decided: Decided, trace: list[int], reports: dict[int, list[float]]) -> Decided:

@@ -6,6 +6,7 @@
 | `sglang:llada_rows_total` | their rows; `kind` is `fill`, `denoise` or `seal`, `how` as above |
 | `sglang:llada_tokens_per_forward` | of each request that ended: returned tokens by the forwards it took part in |
 | `sglang:llada_forwards_per_block` | of each block of those: the decode steps made on it |
+| `sglang:llada_failed_requests_total` | requests that ended for an error, theirs or ours |
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Metrics:
             names,
             buckets=FORWARDS_PER_BLOCK,
         )
-        self.labels, self.steps, self.rows = labels, steps, rows
+        failed = prometheus.Counter("sglang:llada_failed_requests_total", "Requests that ended for an error.", names)
+        self.labels, self.steps, self.rows, self.failed = labels, steps, rows, failed.labels(**labels)
         self.tokens, self.forwards = tokens.labels(**labels), forwards.labels(**labels)
 
     def step(self, plan: Plan, *, replayed: bool) -> None:

@@ -180,7 +180,7 @@ class Writer:
 def is_live(row: Row) -> bool:
     """Whether the row's block is live now: it may have left since the row was planned, or be begun early."""
     blocks = row.request.blocks
-    return blocks[0].start <= row.start <= blocks[-1].start
+    return bool(blocks) and blocks[0].start <= row.start <= blocks[-1].start
 
 
 def algorithms(written: Numbers) -> set[int]:

@@ -15,6 +15,8 @@ Where all that the next step's rows need lies on the device, it is launched befo
 device never waits for the host (`_launch_ahead`). A row whose block the last step finishes is then in the next one,
 with nothing open, and seals the block; the block behind it begins in that same step if its row was added because the
 end was in sight, else one step later. A row that was added too early is thrown away.
+
+What goes wrong with one request ends that request (failures.py): everything that is done for one alone is guarded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, ScheduleBatch, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.managers.scheduler import Scheduler
@@ -45,17 +47,31 @@ from sglang.srt.observability.req_time_stats import set_time_batch
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.utils import DynamicGradMode
 
-from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowKind, Rules, Table, next_step
+from sglang_llada.blocks import (
+    Decided,
+    Ending,
+    Filling,
+    Phase,
+    Plan,
+    Request,
+    Row,
+    RowKind,
+    Rules,
+    Table,
+    next_step,
+    prefixes,
+)
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
-from sglang_llada.errors import IntegrityError
-from sglang_llada.host.admission import decode_params, ends_of, why_refused
+from sglang_llada.errors import ConfigError, IntegrityError
+from sglang_llada.host.admission import decode_params, ends_of, ends_of_tokenizer, why_refused
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
+from sglang_llada.host.failures import Failures, reason_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
-from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs
+from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs, snapshot_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +96,12 @@ class LladaScheduler(Scheduler):
         self.defaults = decode_config(self.dllm_config, facts)
         self.fresh = fresh(facts.block_size, tokens_of(facts))
         self.table = Table()
+        self.filling = Filling()
         self.reqs: dict[str, Any] = {}  # host requests that hold KV, by id
         self.flights: deque[InFlight] = deque()  # launched steps, at most two, of which all but the last are not read
         self.landed: Landed | None = None  # the last step, with decisions that are not taken yet
         self.going_on: list[Row] = []  # of the last step, rows that the next one has too
         self.unbooked: list[Request[DecodeConfig]] = []  # with decisions that the outside has not been told of
-        self.stop_ids: frozenset[int] = frozenset()  # of all requests so far
         self.row_budget = row_budget(self.chunked_prefill_size, facts.block_size)
         # Whether a launched step runs by itself. A replay on the CPU is to be told what a device is.
         self.overlaps = self.device != "cpu" or read_switch(os.environ, REPLAY_VARIABLE, default=False)
@@ -94,12 +110,17 @@ class LladaScheduler(Scheduler):
         self.attention_ranks = get_parallel().attn_dp_size
         context = self.metrics_collector_context
         self.metrics = Metrics(context.collector.labels) if context.current_scheduler_metrics_enabled else None
+        self.failures = Failures((lambda: None) if self.metrics is None else self.metrics.failed.inc)
+        parallel = get_parallel()
+        self.peers = parallel.attn_tp_group.cpu_group if parallel.attn_tp_size > 1 else None  # that run the same rows
         runner = self.tp_worker.model_runner
         graphs = runner.decode_cuda_graph_runner
         self.executor = Executor(runner, Decider(runner) if graphs is None else graphs.decide)
         self.running_batch.forward_mode = ForwardMode.DLLM_EXTEND
         # Checkpoints without a generation_config name their stop tokens in the tokenizer only.
         self.model_config.hf_eos_token_id = set(self.model_config.hf_eos_token_id or ()) | set(facts.stop_ids)
+        self.usual_stops = ends_of_tokenizer(self.tokenizer) | self.model_config.hf_eos_token_id
+        self.executor.stops[[token for token in self.usual_stops if 0 <= token < self.model_config.vocab_size]] = True
         logger.info(
             "block rows: block %d, mask id %d, stop ids %s, at most %d rows a forward, %s",
             facts.block_size,
@@ -112,7 +133,7 @@ class LladaScheduler(Scheduler):
     def init_output_streamer(self) -> None:
         """The streamer reports forward counts, which the table knows."""
         super().init_output_streamer()
-        self.output_streamer.table, self.output_streamer.snapshots = self.table, {}
+        self.output_streamer.table = self.table
 
     def get_output_streamer_class(self) -> type[LladaOutputStreamer]:
         """The host's hook for a streamer of one's own."""
@@ -149,58 +170,63 @@ class LladaScheduler(Scheduler):
         if not busy:
             self.cur_batch_for_debug = None
             self._sched_idled = True
-            self.table.check_integrity(self._held())
+            self._end_contradictory(strict=envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE.get())
             self.on_idle()
 
     def _read(self) -> None:
         """Stage: read the oldest step in flight and take what the next one depends on; the rest is booked later."""
         if not self.flights:
             return
-        self.landed = self.executor.read(self.flights.popleft())
+        flight = self.flights.popleft()
+        self.landed = self.executor.read(flight)
+        for rid, error in flight.failed.items():
+            self.failures.note(rid, error)
         if self.landed is not None:
             self.going_on = self.landed.going_on
-            self._take(self.landed.decisions(self.landed.urgent))
+            self._take(self.landed, self.landed.decisions(self.landed.urgent))
 
     def _take_rest(self) -> None:
         """Take the decisions that the next step's rows did not depend on."""
         if self.landed is not None:
             landed, self.landed = self.landed, None
-            self._take(landed.decisions(landed.calm))
+            self._take(landed, landed.decisions(landed.calm))
 
-    def _take(self, decisions: list[Decision]) -> None:
-        for request, blocks in decisions:
-            if request.phase is Phase.DONE:
-                continue  # ended while the step ran, by a stop string or an abort
-            if blocks is None:
-                self.reqs[request.rid].to_finish = FINISH_ABORT(
-                    "the model gave logits that are not finite", HTTPStatus.INTERNAL_SERVER_ERROR
-                )
+    def _take(self, landed: Landed, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            request = decision.request
+            # The first if it ended while the step ran, by a stop string or an abort.
+            if request.phase is Phase.DONE or request.rid in self.failures:
                 continue
-            if not request.plain and (blocks := self._conform(request, blocks)) is None:
-                continue
-            first = request.blocks[0]
-            request.decide(blocks)
-            if self.flights and id(first) in self.flights[-1].carried and request.filled == first.start:
-                self._note_sealed(request)
-            if request.params.stream_mode == "denoise":
-                self.output_streamer.keep_snapshot(request)
-            self.unbooked.append(request)
+            with self.failures.of(request.rid):
+                blocks = self._checked(landed, decision)
+                first = request.blocks[0]
+                try:
+                    request.decide(blocks)
+                except Exception:
+                    request.abandon()
+                    raise
+                if self.flights and id(first) in self.flights[-1].carried and request.filled == first.start:
+                    self._note_sealed(request)
+                if request.params.stream_mode == "denoise":
+                    request.shown.append(snapshot_of(request))
+                self.unbooked.append(request)
 
-    def _conform(self, request: Request[DecodeConfig], blocks: list[Decided]) -> list[Decided] | None:
-        """The decisions, of a request with a grammar what that accepts of them; None if it ends for its own wishes."""
+    def _checked(self, landed: Landed, decision: Decision) -> list[Decided]:
+        """A step's decisions as the request may take them: noted, and of one with a grammar what that accepts."""
+        request, blocks = decision.request, decision.blocks
+        if not decision.finite:
+            raise ArithmeticError("the model gave logits that are not finite")
+        if request.noted:
+            blocks = landed.noted(decision)
         shaping = request.params.shaping
-        if shaping is None or (shaping.matcher is None and shaping.failure is None):
+        if shaping is None or shaping.matcher is None:
             return blocks
-        reason = shaping.failure
-        if reason is None:
-            [block], [decided] = request.blocks, blocks
-            accepted = conform(shaping.matcher, block, decided, self.facts.mask_id)
-            self.executor.writer.forget(block)
-            if accepted is not None:
-                return [accepted]
-            reason = "the grammar allows no token of the vocabulary after the output so far"
-        self.reqs[request.rid].to_finish = FINISH_ABORT(reason, HTTPStatus.BAD_REQUEST)
-        return None
+        [block], [decided] = request.blocks, blocks
+        self.executor.writer.forget(block)
+        accepted = conform(shaping.matcher, block, decided, self.facts.mask_id)
+        if accepted is None:
+            raise ConfigError("the grammar allows no token of the vocabulary after the output so far")
+        return [accepted]
 
     def _note_sealed(self, request: Request[DecodeConfig]) -> None:
         """The first block was live in the step that is read, and is in the next one too: if it left, that sealed it."""
@@ -214,7 +240,7 @@ class LladaScheduler(Scheduler):
         rows = rows_ahead(self.flights[0].plan)
         if rows is None:
             return False
-        plan = next_step(self.table, self.row_budget, rows)
+        plan = self._next_step(rows)
         if not plan.rows or not self._ensure_rows(plan.rows):
             return False
         self._enqueue(plan, [len(plan.rows)])
@@ -239,20 +265,35 @@ class LladaScheduler(Scheduler):
         self.flights.append(step)
         self.going_on = []
         self._count_step(step)
-        self.table.advance(plan)
+        for request, fills in plan.fills():
+            with self.failures.of(request.rid):
+                try:
+                    request.take_part(fills)
+                except Exception:
+                    request.abandon()
+                    raise
         self.new_token_ratio_tracker.decay_step()
 
     def _plan(self) -> Plan:
         """Rows whose requests have their pages; requests are retracted until the rest has."""
         while True:
-            going_on = [row for row in self.going_on if row.request.phase is Phase.DECODING]
-            plan = next_step(self.table, self.row_budget, going_on)
-            if self._ensure_rows(plan.rows[len(going_on) :]):
+            plan = self._next_step(self.going_on)
+            if self._ensure_rows(plan.rows):
                 return plan
             if self.unbooked or self.landed is not None:
                 self._book()  # may end requests and so free pages
             else:
                 self._retract_one()
+
+    def _next_step(self, going_on: list[Row]) -> Plan:
+        """As next_step(); a request that stands in its way ends."""
+        while True:
+            going_on = [row for row in going_on if row.request.phase is Phase.DECODING]
+            try:
+                return next_step(self.table, self.row_budget, going_on)
+            except Exception:
+                if not self._end_contradictory():
+                    raise
 
     def _ensure_rows(self, rows: list[Row]) -> bool:
         """Pages for all of these rows that have none yet; False if the pool is too full."""
@@ -284,8 +325,22 @@ class LladaScheduler(Scheduler):
 
     # --- admission --------------------------------------------------------------------------------------------------
 
+    def _abort_on_queued_limit(self, req: Any) -> bool:
+        """As the host, which would take a running request that is retracted for one more that wants to wait."""
+        return self.table.get(req.rid) is None and super()._abort_on_queued_limit(req)
+
+    def handle_generate_request(self, recv_req: Any, **kwargs: Any) -> None:
+        """As the host; what goes wrong answers the request."""
+        try:
+            super().handle_generate_request(recv_req, **kwargs)
+        except Exception as error:
+            self._answer_failed(recv_req, reason_of(recv_req.rid, error))
+
     def validate_dllm_request(self, req: Any) -> str | None:
         """The host's door: the sentence that refuses the request, or None."""
+        waiting = (*self.waiting_queue, *self.grammar_manager.grammar_queue)
+        if self.table.get(req.rid) is not None or any(other.rid == req.rid for other in waiting):
+            return f"rid is {req.rid!r}, which is that of a request that is not done; allowed: another one"
         return why_refused(req, self.defaults, self.model_config.vocab_size, self.facts)
 
     def _admit_waiting(self) -> None:
@@ -299,43 +354,35 @@ class LladaScheduler(Scheduler):
             self.waiting_queue, self.running_batch, processed_tokens=self.processed_tokens_counter
         )
         adder = self._adder()
-        filling = [req for req in self.running_batch.reqs if self.table[req.rid].phase is Phase.FILLING]
+        self.filling.settle()
         for req in list(self.waiting_queue):
             if req.to_finish is not None:
                 self.waiting_queue.remove(req)
                 self._finish_unadmitted(req)
                 continue
-            if self._is_being_filled(req, (*filling, *adder.can_run_list)):
+            try:
+                if self._is_being_filled(req):
+                    continue
+                while not (fits := self._fits(req, adder)):
+                    self._admit(adder.can_run_list)
+                    if not self._preempt_for(req):
+                        break
+                    adder = self._adder()
+            except Exception as error:
+                self._turn_away([req], error)
                 continue
-            while not (fits := self._fits(req, adder)):
-                self._admit(adder.can_run_list)
-                if not self._preempt_for(req):
-                    break
-                adder = self._adder()
             if not fits:
                 return
         self._admit(adder.can_run_list)
 
-    def _is_being_filled(self, req: Any, others: Iterable[Any]) -> bool:
-        """Whether most of what a request has to fill is about to be filled for one of others: it waits, and shares it.
-
-        Args:
-            others: requests that are being filled, or are let in before it in this turn.
-        """
+    def _is_being_filled(self, req: Any) -> bool:
+        """Whether most of what a request has to fill is about to be filled for another one: it waits, and shares it."""
         request, worth = self._request_of(req), WORTH_WAITING * self.facts.block_size
         if self.tree_cache.disable or request.live_from < worth:
             return False
         if request.params.report is not None:  # which may have to read its prompt itself
             return False
-        for other in others:
-            theirs = self.table[other.rid]
-            filled = theirs.filled if theirs.phase is Phase.FILLING else other.prefix_len
-            if cache_key(other) != cache_key(req):
-                continue
-            coming = min(request.common_prefix(theirs), request.live_from, theirs.live_from) - filled
-            if coming >= worth and 2 * coming >= request.live_from - filled:
-                return True
-        return False
+        return self.filling.brings(request, worth)
 
     def _adder(self) -> Any:
         """The host's admission by KV budget, without chunks: rows are budgeted by the planner."""
@@ -368,7 +415,10 @@ class LladaScheduler(Scheduler):
         if match.cache_protected_len is None:
             req.kv.cache_protected_len = req.prefix_len
         adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
-        return req in adder.can_run_list[-1:]
+        fits = req in adder.can_run_list[-1:]
+        if fits:
+            self.filling.add(request, req.prefix_len)
+        return fits
 
     def _admit(self, reqs: list[Any]) -> None:
         """Give requests that fit a row of req_to_token, their cached prefix, and pages up to their live block."""
@@ -376,24 +426,29 @@ class LladaScheduler(Scheduler):
             return
         self.req_to_token_pool.alloc(reqs)
         for req in reqs:
-            request, kv, cached = self.table[req.rid], req.kv, req.prefix_len
             self.waiting_queue.remove(req)
-            if cached:
-                prefix = self.tree_cache.prefix_device_indices(req)
-                self.req_to_token_pool.write((kv.req_pool_idx, slice(0, cached)), prefix)
-            kv.kv_allocated_len = kv.kv_committed_len = cached
-            request.slot, request.room = kv.req_pool_idx, cached
-            for block in request.blocks:
-                self.executor.writer.forget(block)
-            self.table.readmit(req.rid, cached)
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
-            if not req.retracted_stain:
-                req.cached_tokens = req.cached_tokens_device = cached
-            self.processed_tokens_counter += request.live_from - request.filled
-        admitted = [self.table[req.rid] for req in reqs]
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
+            with self.failures.of(req.rid):
+                self._place(req)
+        admitted = [self.table[req.rid] for req in reqs if req.rid not in self.failures]
         self._ensure_pages({request.rid: request.live_to for request in admitted})
         set_time_batch(reqs, "set_forward_entry_time")
+
+    def _place(self, req: Any) -> None:
+        """Let a request begin on its row of req_to_token, behind its cached prefix."""
+        request, row, cached = self.table[req.rid], req.kv.req_pool_idx, req.prefix_len
+        if cached:
+            prefix = self.tree_cache.prefix_device_indices(req)
+            self.req_to_token_pool.write((row, slice(0, cached)), prefix)
+        request.slot, request.room = row, cached
+        for block in request.blocks:
+            self.executor.writer.forget(block)
+        self.table.readmit(req.rid, cached)
+        if not req.retracted_stain:
+            req.cached_tokens = req.cached_tokens_device = cached
+        self.processed_tokens_counter += request.live_from - request.filled
 
     def _request_of(self, req: Any) -> Request[DecodeConfig]:
         """What the table knows of a host request; from now on, if it is new."""
@@ -410,9 +465,6 @@ class LladaScheduler(Scheduler):
         if (shaping := shaping_of(req, ends, vocabulary, never)) is not None:
             params = replace(params, shaping=shaping)
         stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
-        if new := stop_ids - self.stop_ids:
-            self.stop_ids |= new
-            self.executor.stops[[token for token in new if 0 <= token < vocabulary]] = True
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -423,6 +475,8 @@ class LladaScheduler(Scheduler):
             numbers=numbers(params),
             plain=params.plain,
             noted=params.noted,
+            rare_stops=not stop_ids <= self.usual_stops,
+            prefixes=prefixes(req.origin_input_ids, self.facts.block_size, cache_key(req)),
             rules=Rules(
                 edits=params.edits,
                 reopens=params.reopens,
@@ -479,18 +533,25 @@ class LladaScheduler(Scheduler):
         decided, self.unbooked = self.unbooked, []
         news: dict[str, int] = {}  # tokens committed per request
         for request in decided:
-            req = self.reqs[request.rid]
-            new = request.output[len(req.output_ids) :]
-            if req.return_logprob:
-                book_logprobs(req, new, request.notes[len(req.output_ids) :])
-            req.output_ids.extend(new)
-            news[req.rid] = len(new)
+            with self.failures.of(request.rid):
+                req = self.reqs[request.rid]
+                new = request.output[len(req.output_ids) :]
+                if req.return_logprob:
+                    book_logprobs(req, new, request.notes[len(req.output_ids) :])
+                req.output_ids.extend(new)
+                news[req.rid] = len(new)
+        changed = {}
         for req in self.running_batch.reqs:
-            book_prompt_logprobs(req, self.table[req.rid])
-        changed = [req for req in self.running_batch.reqs if self._update_finish(req, news.get(req.rid))]
-        cut = sum(len(req.output_ids) - len(req.output_ids_through_stop) for req in changed)  # after a stop
+            with self.failures.of(req.rid):
+                book_prompt_logprobs(req, self.table[req.rid])
+                if self._update_finish(req, news.get(req.rid)):
+                    changed[req.rid] = req
+        for req, reason in self._failed():
+            req.finished_reason = reason  # whatever end it came to where it did not fail
+            changed[req.rid] = req
+        cut = sum(len(req.output_ids) - len(req.output_ids_through_stop) for req in changed.values())  # after a stop
         if changed:
-            self._stream(changed)
+            self._stream(list(changed.values()))
         if decided:
             self._report(sum(news.values()) - cut)
         self.maybe_send_health_check_signal()
@@ -503,7 +564,8 @@ class LladaScheduler(Scheduler):
         for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
             req = self.reqs.get(rid)  # None if it has ended meanwhile
             if req is not None:
-                self._insert(req, len(req.origin_input_ids) // T * T)
+                with self.failures.of(rid):
+                    self._insert(req, len(req.origin_input_ids) // T * T)
 
     def _insert(self, req: Any, upto: int) -> None:
         """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
@@ -527,6 +589,8 @@ class LladaScheduler(Scheduler):
         Args:
             committed: how many tokens there are since last time; None if no step was decided.
         """
+        if req.rid in self.failures:
+            return False
         request, decided, new = self.table[req.rid], committed is not None, committed or 0
         if req.to_finish or (new and (request.phase is Phase.DONE or ends_by_text(req))):
             req.update_finish_state(new)
@@ -542,14 +606,23 @@ class LladaScheduler(Scheduler):
         ended = [req for req in changed if req.finished()]
         for req in ended:
             self._release(req)
-            req.time_stats.set_completion_time()
-            if self.metrics is not None:
-                self.metrics.ended(self.table[req.rid], len(req.output_ids_through_stop))
-        self.output_streamer.stream_output(changed, any(req.return_logprob for req in changed))
+            with self.failures.of(req.rid):
+                req.time_stats.set_completion_time()
+                if self.metrics is not None:
+                    self.metrics.ended(self.table[req.rid], len(req.output_ids_through_stop))
+        self._send(changed)
         for req in ended:
             self.table.drop(req.rid)
         if ended:
             self.running_batch.reqs = [req for req in self.running_batch.reqs if not req.finished()]
+
+    def _send(self, changed: list[Any]) -> None:
+        """Send the outputs of requests."""
+        for req, error in self.output_streamer.stream_each(changed):
+            if req.finished():
+                self._answer_failed(req, reason_of(req.rid, error))
+            else:
+                self.failures.note(req.rid, error)
 
     def _report(self, committed: int) -> None:
         reporter = self.metrics_reporter
@@ -564,14 +637,24 @@ class LladaScheduler(Scheduler):
 
     def _release(self, req: Any) -> None:
         """Give back a request's row and pages; the tree keeps whole blocks of what is returned of it."""
-        self._insert(req, req.owned_kv_len() // self.facts.block_size * self.facts.block_size)
+        try:
+            self._insert(req, req.owned_kv_len() // self.facts.block_size * self.facts.block_size)
+        except Exception as error:
+            reason_of(req.rid, error)  # its answer is whole; nobody shares its KV
         del self.reqs[req.rid]
-        release_kv_cache(req, self.tree_cache, checkpoint=False)
+        if req.kv.is_kv_released:  # a row without a page yet, which the host does not know
+            self.tree_cache.unlock(req.lock)
+            req.lock = None
+            self.req_to_token_pool.free(req)
+        else:
+            release_kv_cache(req, self.tree_cache, checkpoint=False)
 
     # --- ends from outside ------------------------------------------------------------------------------------------
 
     def _end_aborted(self) -> None:
-        """Stage: requests that the host marked for an end take no further part."""
+        """Stage: requests that failed, or that the host marked for an end, take no further part."""
+        for req, reason in self._failed():
+            req.to_finish = reason
         marked = [req for req in self.running_batch.reqs if req.to_finish is not None]
         if not marked:
             return
@@ -580,11 +663,54 @@ class LladaScheduler(Scheduler):
             if request.phase is not Phase.DONE:
                 request.end(Ending.OUTSIDE)
 
+    def _failed(self) -> list[tuple[Any, FINISH_ABORT]]:
+        """Running requests that failed on any rank, and what they are told. All ranks call this at the same points."""
+        unsure = self.peers is not None and any(map(may_differ, self.running_batch.reqs))
+        failures = self.failures.take(self.peers if unsure else None)
+        found = [(self.reqs[rid], reason) for rid, reason in failures.items() if rid in self.reqs]
+        for req, _ in found:
+            req.skip_radix_cache_insert = True  # ranks may have come to different points with it
+            self.table[req.rid].abandon()
+        return found
+
+    def _end_contradictory(self, *, strict: bool = False) -> bool:
+        """End requests that contradict themselves or the host's records; whether there were any.
+
+        Raises:
+            IntegrityError: there are some, and `strict`.
+        """
+        found = self.table.contradictions(self._held())
+        if found and strict:
+            raise IntegrityError("; ".join(f"{rid}: {what}" for rid, what in found.items()))
+        for rid, what in found.items():
+            request, req = self.table.get(rid), self.reqs.get(rid)
+            logger.error("request %s contradicts itself: %s; its blocks are %s", rid, what, request and request.blocks)
+            if request is None:
+                release_kv_cache(self.reqs.pop(rid), self.tree_cache, checkpoint=False)
+            elif req is None:
+                self._turn_away([req for req in self.waiting_queue if req.rid == rid], IntegrityError(what))
+                self.table.drop(rid)
+            else:
+                request.abandon()
+                self.failures.note(rid, IntegrityError(what))
+        return bool(found)
+
+    def _turn_away(self, reqs: list[Any], error: Exception) -> None:
+        """Answer waiting requests that fail."""
+        for req in reqs:
+            req.to_finish = reason_of(req.rid, error)
+            self.waiting_queue.remove(req)
+            self._finish_unadmitted(req)
+
+    def _answer_failed(self, req: Any, reason: FINISH_ABORT) -> None:
+        """Answer a request, or what was received of it, of which there is no output to send."""
+        self.send_abort_output(AbortReq(rid=req.rid, finished_reason=reason.to_json()), req)
+
     def _finish_unadmitted(self, req: Any) -> None:
         """Answer a request that ends in the queue: refused by the host, or aborted after a retraction."""
         self._release_aborted_request(req)
         req.update_finish_state(0)
-        self.output_streamer.stream_output([req], req.return_logprob)
+        self._send([req])
 
     def _release_aborted_request(self, req: Any) -> None:
         """As the host, which calls this for every request it drops from its queue; the table may know it."""
@@ -592,7 +718,7 @@ class LladaScheduler(Scheduler):
         self.table.drop(req.rid)
 
     def _settle(self) -> None:
-        """Read and book everything, so that nothing is in flight."""
+        """Read and book everything, so that nothing is in flight, and nothing that failed runs."""
         while self.flights:
             self._read()
             self._take_rest()
@@ -638,8 +764,9 @@ class LladaScheduler(Scheduler):
         retracted = [req.rid for req in self.running_batch.reqs] if recv_req.mode == "retract" else []
         super().pause_generation(recv_req)
         for rid in retracted:
-            self.table[rid].retract()
             del self.reqs[rid]
+            if (request := self.table.get(rid)) is not None:  # the host turns away what its queue has no room for
+                request.retract()
 
     # --- queries ----------------------------------------------------------------------------------------------------
 
@@ -670,6 +797,11 @@ def rows_ahead(plan: Plan) -> list[Row] | None:
         if request.may_finish_block and (block := request.block_after()) is not None:
             rows.append(Row(request, RowKind.DENOISE, block.start, block))
     return rows
+
+
+def may_differ(req: Any) -> bool:
+    """Whether a request may fail on one rank alone: somebody else's code, or a clock, has a say in it."""
+    return bool(req.custom_logit_processor) or ends_by_text(req)
 
 
 def ends_by_text(req: Any) -> bool:

@@ -16,6 +16,7 @@ from sglang_llada.blocks import Request
 from sglang_llada.decode import shaping
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Shape
+from sglang_llada.errors import ConfigError
 from sglang_llada.host.admission import processor_of
 from sglang_llada.host.grammar import Matcher
 
@@ -32,7 +33,6 @@ class Shaping:
         min_new_tokens: how many tokens come before any of `ends`.
         processor: as the host calls it: logits [p, V], and the same `params` p times.
         matcher: the grammar that its output conforms to.
-        failure: what its own code did wrong.
     """
 
     penalties: tuple[float, float, float]
@@ -42,10 +42,12 @@ class Shaping:
     processor: Callable[[Tensor, list[dict[str, Any]]], Tensor] | None
     params: dict[str, Any]
     matcher: Matcher | None
-    failure: str | None = None
 
     def of(self, request: Request[Any], positions: list[int]) -> Shape:
-        """What changes the logits of these positions, in order, in the next step."""
+        """What changes the logits of these positions, in order, in the next step.
+
+        It raises ConfigError if the request asks for what cannot be, or its own code fails.
+        """
 
         def shape(logits: Tensor) -> Tensor:
             device = logits.device
@@ -66,24 +68,22 @@ class Shaping:
         return shape
 
     def _conforming(self, logits: Tensor) -> Tensor:
-        """What the grammar leaves of the logits; as they were if that is nothing."""
+        """What the grammar leaves of the logits, which is not nothing."""
         assert self.matcher is not None
         left = self.matcher.shape(logits.clone())
         if (left[0] == float("-inf")).all():
-            self.failure = f"the grammar must end here, and min_new_tokens is {self.min_new_tokens}"
-            return logits
+            raise ConfigError(f"the grammar must end here, and min_new_tokens is {self.min_new_tokens}")
         return left
 
     def _processed(self, logits: Tensor) -> Tensor:
-        """What the request's own code makes of its logits; as they were if it fails."""
+        """What the request's own code makes of its logits."""
         assert self.processor is not None
         try:
             result = self.processor(logits.clone(), [self.params] * len(logits)).to(logits.dtype)
             if result.shape != logits.shape:
                 raise ValueError(f"gave logits of shape {list(result.shape)} for {list(logits.shape)}")
-        except Exception as error:  # a user's code may raise anything, and only that user's request ends for it
-            self.failure = f"custom_logit_processor failed: {error!r}"
-            return logits
+        except Exception as error:  # a user's code may raise anything
+            raise ConfigError(f"custom_logit_processor failed: {error!r}") from error
         return result
 
     def _counts(self, request: Request[Any], positions: list[int], logits: Tensor) -> Tensor:

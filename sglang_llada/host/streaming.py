@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -10,6 +12,19 @@ from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.host.executor import Note
 from sglang_llada.host.meta_info import CONFIDENCES, FORWARD_COUNTS, NFE, SNAPSHOTS, STEP_MAPS, STEPS
+
+logger = logging.getLogger(__name__)
+
+# Of a host request, what its streamer notes as sent.
+SENT = (
+    "finished_output",
+    "finished_len",
+    "send_token_offset",
+    "send_decode_id_offset",
+    "input_logprob_sent",
+    "send_output_token_logprobs_offset",
+)
+sent_of = attrgetter(*SENT)
 
 
 class LladaOutputStreamer(SchedulerOutputStreamer):
@@ -26,13 +41,31 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
     """
 
     has_additional_customized_info: ClassVar[bool] = True
-    table: Table  # set by the scheduler right after construction, as are the snapshots that are not sent yet
-    snapshots: dict[str, list[dict[str, Any]]]
+    table: Table  # set by the scheduler right after construction
 
-    def keep_snapshot(self, request: Request[DecodeConfig]) -> None:
-        """Note what stands after a step."""
-        now = {"step": request.steps, "committed": len(request.output), "token_ids": request.standing()}
-        self.snapshots.setdefault(request.rid, []).append(now)
+    def stream_each(self, reqs: list[Any]) -> list[tuple[Any, Exception]]:
+        """Send outputs; the requests of which that fails, with the error, and nothing of theirs is sent.
+
+        The host sends all of them together or none, and notes of each what it has sent as it goes.
+        """
+        before = [(sent_of(req), self.table.get(req.rid)) for req in reqs]
+        reported = [None if r is None else (r.notes_reported, r.shown) for _, r in before]
+        try:
+            self.stream_output(reqs, any(req.return_logprob for req in reqs))
+            return []
+        except Exception:
+            logger.exception("outputs are sent one by one")
+        failed = []
+        for req, (sent, request), notes in zip(reqs, before, reported, strict=True):
+            for name, value in zip(SENT, sent, strict=True):
+                setattr(req, name, value)
+            if request is not None and notes is not None:
+                request.notes_reported, request.shown = notes
+            try:
+                self.stream_output([req], req.return_logprob)
+            except Exception as error:  # one request's
+                failed.append((req, error))
+        return failed
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """What there is to say of each request since its last output; nothing of those that were never admitted."""
@@ -44,8 +77,8 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
         }
         if not any(r is not None and r.params.trace for r, _ in known):
             traces = {}
-        if self.snapshots:
-            traces[SNAPSHOTS] = [self.snapshots.pop(req.rid, []) for req in reqs]
+        if any(r is not None and r.shown for r, _ in known):
+            traces[SNAPSHOTS] = [[] if r is None else shown(r) for r, _ in known]
         return traces | {
             FORWARD_COUNTS: [
                 [] if r is None else r.steps_of_blocks if ended else r.steps_per_block for r, ended in known
@@ -53,6 +86,17 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
             STEPS: [0 if r is None else r.steps for r, _ in known],
             NFE: [0 if r is None else r.forwards for r, _ in known],
         }
+
+
+def snapshot_of(request: Request[DecodeConfig]) -> dict[str, Any]:
+    """What stands after a step."""
+    return {"step": request.steps, "committed": len(request.output), "token_ids": request.standing()}
+
+
+def shown(request: Request[DecodeConfig]) -> list[Any]:
+    """What is to be shown of a request since it was asked last."""
+    since, request.shown = request.shown, []
+    return since
 
 
 def traced(req: Any, request: Request[DecodeConfig] | None) -> list[Note]:

@@ -104,14 +104,14 @@ def test_the_next_step_is_the_same_before_calm_rows_decisions_are_taken(
         if landed is None:
             continue
         going_on = landed.going_on
-        for made, blocks in landed.decisions(landed.urgent):
+        for made, _, blocks in landed.decisions(landed.urgent):
             if len(blocks) == 1 and not blocks[0].open and rng.random() < 0.2:  # the host may cut what was decided
                 device.writer.forget(made.blocks[0])
                 blocks = shortened(made, blocks[0])
             made.decide(blocks)
         before = next_step(table, BUDGET, going_on)
         early = numbers_of(device.writer, before)
-        for made, blocks in landed.decisions(landed.calm):
+        for made, _, blocks in landed.decisions(landed.calm):
             made.decide(blocks)
             waited += 1
         after = next_step(table, BUDGET)
@@ -161,5 +161,5 @@ def test_logits_that_are_not_finite_are_urgent(monkeypatch: pytest.MonkeyPatch) 
     device, half = executor(model), set_of([False, False, True, True])
     model.news = [Decided([-1] * T, half, False, [1, 0]), Decided([5, 5, MASK, MASK], half, False, [1, 0])]
     landed = device.read(device.launch(next_step(table, BUDGET)))
-    assert [(made.rid, blocks) for made, blocks in landed.decisions(landed.urgent)] == [("a", None)]
+    assert [(made.request.rid, made.finite) for made in landed.decisions(landed.urgent)] == [("a", False)]
     assert np.flatnonzero(landed.calm).tolist() == [1]

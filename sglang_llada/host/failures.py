@@ -1,0 +1,101 @@
+"""An error while something is done for one request ends that request, and nothing else.
+
+The scheduler notes errors here wherever it handles requests one by one, and goes on with the next one. Once a turn it
+takes what was noted and answers those requests: with HTTP 400 where the error is theirs to mend (ConfigError), else
+with HTTP 500, and a traceback in the log.
+
+All ranks of a tensor-parallel group have to end the same requests in the same turn. Most errors happen on all of them
+alike. Those that may not, because somebody else's code or a clock decides (custom processors, grammars, regular
+expressions), are exchanged while such a request runs.
+
+What is not one request's own is not contained: an error of the device or of a collective ends the server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_llada.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Of torch: the accelerator is in an unknown state; a rank or a store is lost.
+FATAL = (torch.AcceleratorError, torch.distributed.DistError)
+
+
+class Failures:
+    """What went wrong, by request id, until it is taken."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        """`count` is told of each request that fails."""
+        self.reasons: dict[str, FINISH_ABORT] = {}
+        self.count = count
+
+    def __contains__(self, rid: str) -> bool:
+        return rid in self.reasons
+
+    def note(self, rid: str, error: Exception) -> None:
+        """Note the first error of a request; one that is not a request's own is raised again."""
+        if rid in self.reasons:
+            return
+        self.reasons[rid] = reason_of(rid, error)
+        self.count()
+
+    def of(self, rid: str) -> Guard:
+        """A context in which errors are this request's."""
+        return Guard(self, rid)
+
+    def take(self, group: Any = None) -> dict[str, FINISH_ABORT]:
+        """What was noted since the last time; with a process group, on any of its ranks, each of which must call."""
+        mine, self.reasons = self.reasons, {}
+        if group is None:
+            return mine
+        some = torch.tensor(bool(mine))
+        torch.distributed.all_reduce(some, torch.distributed.ReduceOp.MAX, group=group)
+        if not some:
+            return mine
+        everyones: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(everyones, mine, group=group)
+        return {rid: reason for each in everyones for rid, reason in each.items()}
+
+
+class Guard:
+    """See Failures.of()."""
+
+    __slots__ = ("failures", "rid")
+
+    def __init__(self, failures: Failures, rid: str) -> None:
+        self.failures, self.rid = failures, rid
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.failures.note(self.rid, error)
+        return True
+
+
+def reason_of(rid: str, error: Exception) -> FINISH_ABORT:
+    """What a request is told of its error, which the log has in full.
+
+    Raises:
+        Exception: the error itself, where it is not a request's own.
+    """
+    if isinstance(error, ConfigError):
+        return FINISH_ABORT(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
+    if isinstance(error, FATAL):
+        raise error
+    logger.error("request %s failed and ends; the others go on", rid, exc_info=error)
+    what = f"{type(error).__name__}: {error}"
+    return FINISH_ABORT(f"this request failed: {what}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")

@@ -1,0 +1,97 @@
+"""The host's server with a fault in every function that handles one request: `python -m tests.host.faulty FLAGS`.
+
+A request whose id begins with "fault in NAME" makes the function of that name raise. The processes that the server
+spawns import this module too, which is how the hooks get into the scheduler's.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+VARIABLE = "FAULTS"
+PREFIX = "fault in "
+SCHEDULER, EXECUTOR = "sglang_llada.host.scheduler.LladaScheduler", "sglang_llada.host.executor.Executor"
+REQUEST, HOST_REQUEST = "sglang_llada.blocks.request.Request", "sglang.srt.managers.schedule_batch.Req"
+GRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar"
+
+# In the order of a request's life.
+STAGES = {
+    "handle": "sglang.srt.managers.scheduler.Scheduler._handle_generate_request",
+    "why_refused": "sglang_llada.host.scheduler.why_refused",
+    "new": f"{SCHEDULER}._new_request",
+    "being filled": f"{SCHEDULER}._is_being_filled",
+    "fits": f"{SCHEDULER}._fits",
+    "place": f"{SCHEDULER}._place",
+    "take part": f"{REQUEST}.take_part",
+    "insert": f"{SCHEDULER}._insert",
+    "prompt group": f"{EXECUTOR}._prompt_group",
+    "group": f"{EXECUTOR}._group",
+    "shaping": "sglang_llada.host.shaping.Shaping._counts",
+    "noted": "sglang_llada.host.executor.Landed.noted",
+    "decide": f"{REQUEST}.decide",
+    "snapshot": "sglang_llada.host.scheduler.snapshot_of",
+    "logprobs": "sglang_llada.host.scheduler.book_logprobs",
+    "prompt logprobs": "sglang_llada.host.scheduler.book_prompt_logprobs",
+    "update": f"{SCHEDULER}._update_finish",
+    "update of the host": f"{HOST_REQUEST}.update_finish_state",
+    "text": f"{HOST_REQUEST}._check_str_based_finish",
+    "stream": "sglang_llada.host.streaming.traced",
+    "stream of the host": f"{HOST_REQUEST}.init_incremental_detokenize",
+    "metrics": "sglang_llada.host.metrics.Metrics.ended",
+}
+# Of a grammar, which does not know its request: named in its pattern.
+GRAMMAR_STAGES = {"accept": f"{GRAMMAR}.accept_token", "fill": f"{GRAMMAR}.fill_vocab_mask"}
+LEFT = "left without blocks"  # a request that contradicts itself from then on
+
+
+class Fault(Exception):
+    """What was planted."""
+
+
+def rid_of(values: list[Any]) -> str:
+    """The id of the request that a function handles."""
+    for value in values:
+        for each in (value, getattr(value, "request", None)):
+            if isinstance(rid := getattr(each, "rid", None), str):
+                return rid
+    return ""
+
+
+def planted(name: str) -> Callable[..., Any]:
+    def around(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if rid_of([*args, *kwargs.values()]).startswith(PREFIX + name + ":"):
+            raise Fault(f"planted in {name}")
+        return function(*args, **kwargs)
+
+    return around
+
+
+def planted_in_grammar(name: str) -> Callable[..., Any]:
+    def around(function: Callable[..., Any], grammar: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in grammar.key_string:
+            raise Fault(f"planted in {name}")
+        return function(grammar, *args, **kwargs)
+
+    return around
+
+
+def leave_without_blocks(result: Any, request: Any, *args: Any) -> Any:
+    if request.rid.startswith(PREFIX + LEFT + ":"):
+        request.blocks.clear()
+    return result
+
+
+if VARIABLE in os.environ:
+    for stage, target in STAGES.items():
+        HookRegistry.register(target, planted(stage), HookType.AROUND)
+    for stage, target in GRAMMAR_STAGES.items():
+        HookRegistry.register(target, planted_in_grammar(stage), HookType.AROUND)
+    HookRegistry.register(f"{REQUEST}.take_part", leave_without_blocks, HookType.AFTER)
+
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
