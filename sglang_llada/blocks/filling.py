@@ -34,10 +34,12 @@ class Filling:
     def __init__(self) -> None:
         self._begun: dict[Request[Any], int] = {}  # up to where their KV was there when they were let in
         self._by_prefix: dict[int, list[Request[Any]]] = {}
+        self._shared: dict[Request[Any], int] = {}  # blocks that those who asked have in common with them
 
     def add(self, request: Request[Any], filled: int) -> None:
         """Note a request that is let in; the KV of [0, filled) is there."""
         self._begun[request] = filled
+        self._shared.clear()
         for number in request.prefixes:
             self._by_prefix.setdefault(number, []).append(request)
 
@@ -46,6 +48,7 @@ class Filling:
         for request in list(self._begun):
             if request.phase is not Phase.FILLING:
                 del self._begun[request]
+                self._shared.clear()
                 for number in request.prefixes:
                     sharing = self._by_prefix[number]
                     sharing.remove(request)
@@ -55,7 +58,10 @@ class Filling:
     def brings(self, request: Request[Any], least: int) -> bool:
         """Whether most of what a request has to fill, and at least so many positions, is about to be filled anyway."""
         known, numbers = self._by_prefix, request.prefixes
-        shared = bisect_left(range(len(numbers)), True, key=lambda i: numbers[i] not in known)  # blocks in common
+        shared = self._shared.get(request)
+        if shared is None:
+            shared = bisect_left(range(len(numbers)), True, key=lambda i: numbers[i] not in known)
+            self._shared[request] = shared
         if not shared:
             return False
         for other in known[numbers[shared - 1]]:

@@ -299,7 +299,7 @@ class LladaScheduler(Scheduler):
         """Pages for all of these rows that have none yet; False if the pool is too full."""
         T = self.facts.block_size
         reach = {row.request.rid: row.start + T for row in rows if row.start >= row.request.room}
-        return not reach or self._ensure_pages(reach)
+        return self._ensure_pages(reach)
 
     def _rows_of_ranks(self, mine: int) -> list[int]:
         """Rows that each DP attention rank has for the next forward: all take part, or none does."""
@@ -497,6 +497,8 @@ class LladaScheduler(Scheduler):
 
         False, and no pages for any of them, if the pool is too full for all.
         """
+        if not reach:
+            return True
         grown = [(self.table[rid], upto) for rid, upto in reach.items()]
         needed = sum(upto - request.room for request, upto in grown)
         evict_from_tree_cache(self.tree_cache, needed)

@@ -163,3 +163,26 @@ def test_logits_that_are_not_finite_are_urgent(monkeypatch: pytest.MonkeyPatch) 
     landed = device.read(device.launch(next_step(table, BUDGET)))
     assert [(made.request.rid, made.finite) for made in landed.decisions(landed.urgent)] == [("a", False)]
     assert np.flatnonzero(landed.calm).tolist() == [1]
+
+
+def test_a_row_is_urgent_for_its_own_stop_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_llada.host import executor as module
+
+    monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
+    table, model = Table(), FakeModel()
+    every = frozenset(range(VOCAB))
+    stops = {"usual": frozenset({EOS}), "every token": every, "none": frozenset[int](), "another": frozenset({EOS, 9})}
+    for rid, ids in stops.items():
+        more: dict[str, Any] = {"numbers": numbers(PARAMS), "fresh": [0, 0], "slot": 0}
+        table.add(Request(rid, [5] * T, 20, ids, PARAMS, T, MASK, rare_stops=not ids <= {EOS}, **more))
+        table.readmit(rid, T)
+    half = set_of([False, False, True, True])
+    for tokens, urgent in (
+        ([5, 6], {"every token"}),
+        ([5, 9], {"every token", "another"}),
+        ([5, EOS], {*stops} - {"none"}),
+    ):
+        device = executor(model)
+        model.news = [Decided([*tokens, MASK, MASK], half, False, [1, 0])] * len(stops)
+        landed = device.read(device.launch(next_step(table, BUDGET)))
+        assert {made.request.rid for made in landed.decisions(landed.urgent)} == urgent
