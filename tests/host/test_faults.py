@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sglang_llada.config import REPLAY_VARIABLE
 from tests.host.conftest import TINY, Case, compare
 from tests.host.faulty import GRAMMAR_STAGES, LEFT, PREFIX, STAGES, VARIABLE
 from tests.host.serving import Server, serving
@@ -30,15 +31,21 @@ SAMPLING = {
 }
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param("1", id="one rank"), pytest.param("2", id="two ranks", marks=pytest.mark.long)]
-)
+# Flags and environment of the server.
+WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "one rank": ([], {}),
+    "two ranks": (["--tp-size", "2"], {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}),
+    "launched ahead": ([], {REPLAY_VARIABLE: "1"}),
+}
+
+
+@pytest.fixture(scope="module", params=["one rank", *(pytest.param(w, marks=pytest.mark.long) for w in list(WAYS)[1:])])
 def faulty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the faults in it."""
-    flags = ["--enable-metrics", "--constrained-json-disable-any-whitespace", "--tp-size", request.param]
+    more, env = WAYS[request.param]
+    flags = ["--enable-metrics", "--constrained-json-disable-any-whitespace", *more]
     log = tmp_path_factory.mktemp("faulty") / "log"
-    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if request.param == "2" else {}
-    env = {VARIABLE: "1", **cores, "TORCHDYNAMO_DISABLE": "1"}
+    env = {VARIABLE: "1", "TORCHDYNAMO_DISABLE": "1", **env}
     with serving(TINY, log, *flags, module="tests.host.faulty", env=env) as server:
         yield server
 

@@ -1,0 +1,76 @@
+"""Single requests that once ended the server, or slowed it for everybody, each beside a good one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.host.conftest import TINY
+from tests.host.serving import Server, serving
+
+pytestmark = pytest.mark.host
+
+LONG = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True}
+
+
+def prompt(i: int) -> list[int]:
+    return [70 + i, 71, 72, 80 + i] * 3
+
+
+def until_running(server: Server, count: int) -> None:
+    """Wait until so many requests run."""
+    deadline = time.monotonic() + 60
+    while server.load()["num_running_reqs"] < count:
+        assert time.monotonic() < deadline, server.load()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that lets one request wait."""
+    with serving(TINY, tmp_path_factory.mktemp("narrow") / "log", "--max-queued-requests", "1") as server:
+        yield server
+
+
+def test_a_pause_keeps_requests_that_the_queue_has_no_room_for(narrow: Server) -> None:
+    want = [narrow.generate(prompt(i), **LONG)["output_ids"] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(narrow.generate, prompt(i), **LONG) for i in range(4)]
+        until_running(narrow, 4)
+        assert narrow.post("/pause_generation", {"mode": "retract"}).ok
+        assert narrow.load()["num_running_reqs"] == 0
+        assert narrow.post("/continue_generation").ok
+        assert [each.result()["output_ids"] for each in running] == want
+
+
+def test_an_abort_of_a_retracted_request_leaves_nothing_to_show_to_others(narrow: Server) -> None:
+    shown: dict[str, Any] = {"custom_params": {"stream_mode": "denoise"}, **LONG}
+    body = {"rid": "shown", "input_ids": prompt(0), "sampling_params": shown}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(narrow.post, "/generate", body)
+        until_running(narrow, 1)
+        assert narrow.post("/pause_generation", {"mode": "retract"}).ok
+        assert narrow.post("/abort_request", {"rid": "shown"}).ok
+        assert narrow.post("/continue_generation").ok
+        running.result()
+    assert "dllm_snapshots" not in narrow.generate(prompt(1), 8)["meta_info"]
+    narrow.flush()
+
+
+def test_two_clients_with_one_rid(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """They may reach the scheduler through different processes, none of which knows the other's requests."""
+    log = tmp_path_factory.mktemp("two") / "log"
+    with serving(TINY, log, "--tokenizer-worker-num", "2") as server:
+        want = server.generate(prompt(0), **LONG)["output_ids"]
+        body = {"rid": "mine", "input_ids": prompt(0), "sampling_params": LONG}
+        with ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: server.post("/generate", body), range(12)))
+        assert {reply.status_code for reply in replies} == {200, 400}, Counter(reply.text for reply in replies)
+        assert all(reply.json()["output_ids"] == want for reply in replies if reply.ok)
+        assert any("that of a request that is not done" in reply.text for reply in replies)
+        assert server.generate(prompt(0), **LONG)["output_ids"] == want
