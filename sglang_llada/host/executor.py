@@ -29,8 +29,9 @@ from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
+from sglang_llada.decode.logprobs import report
 from sglang_llada.decode.sampling import uniform, warm_up
-from sglang_llada.decode.whole import Group, order, report
+from sglang_llada.decode.whole import Group, order
 from sglang_llada.host.arguments import facts_of, row_budget
 from sglang_llada.host.rows import (
     SLOT,
@@ -75,7 +76,7 @@ class InFlight:
     outcome: Coming | None
     replayed: bool
     groups: list[RequestGroup]
-    reports: Tensor | None
+    reports: Coming | None
     carried: frozenset[int] = field(default=frozenset())
 
 
@@ -86,8 +87,8 @@ class Coming:
     tensor: Tensor
     there: Any
 
-    def wait(self) -> Numbers:
-        """Its numbers."""
+    def wait(self) -> Any:
+        """Its numbers, as numpy has them."""
         if self.there is not None:
             self.there.synchronize()
         return self.tensor.numpy()
@@ -263,12 +264,15 @@ class Executor:
             outcome=None if outcome is None else to_host(outcome),
             replayed=output.can_run_graph,
             groups=asking,
-            reports=reports,
+            reports=None if reports is None else to_host(reports),
             carried=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
         )
 
     def read(self, launched: InFlight) -> Landed | None:
-        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided."""
+        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided.
+
+        The reports are what the device makes last: when they are there, the outcome is.
+        """
         reports = self._read_reports(launched)
         if launched.outcome is None:
             return None
@@ -287,7 +291,7 @@ class Executor:
         """Of requests that want log-probabilities, by id, the row of each position; prompts keep theirs."""
         if launched.reports is None:
             return {}
-        flat = iter(launched.reports.tolist())
+        flat = iter(launched.reports.wait().tolist())
         found: dict[str, dict[int, list[float]]] = {}
         for request, positions, group in launched.groups:
             if group.report is not None:
