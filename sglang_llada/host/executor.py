@@ -363,12 +363,12 @@ class Executor:
             batch.can_run_decode_cuda_graph = True
             batch.original_global_num_tokens_cpu = of_ranks  # which graph to replay is asked in rows
             batch.global_num_tokens_cpu = batch.global_num_tokens_for_logprob_cpu = tokens
-            batch.global_num_tokens_gpu = torch.tensor(tokens, device=self.device)
+            batch.global_num_tokens_gpu = transfer.to_device(torch.tensor(tokens), self.device)
             batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
         # As the host's _init_num_token_non_padded, which asks anew each time.
         batch.global_num_token_non_padded_cpu = R * T
         if self.counts_tokens:
-            batch.global_num_token_non_padded = torch.tensor(R * T, dtype=torch.int32).to(self.device)
+            batch.global_num_token_non_padded = transfer.to_device(torch.tensor(R * T, dtype=torch.int32), self.device)
         return batch
 
     def _unfold(self, batch: ForwardBatch) -> None:

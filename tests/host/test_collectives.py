@@ -60,7 +60,9 @@ def exchanged(runner: Any) -> dict[str, Any]:
     return {"seen": dict(seen.seen)}
 
 
-@pytest.mark.parametrize("flags", [(), ("--ep-size", "2")], ids=["tensor", "experts"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), marks=pytest.mark.long), ("--ep-size", "2")], ids=["tensor", "experts"]
+)
 def test_two_ranks_exchange_what_is_counted(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Sums of hidden states after the embedding and twice a layer, and one record of each open position (fp32 here)."""
     config = make_checkpoint(tmp_path, **WIDTHS).config

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SHAPE = Path(__file__).parents[1] / "published" / "LLaDA2.0-mini.config.json"
+PROMPT_ROWS = 39  # more than the largest graph of these tests holds
 LAYERS, VOCABULARY, T, MASK = 3, 157_184, 32, 156_895
 
 GREEDY = DecodeConfig.defaults(T)
@@ -58,23 +59,34 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
         executor = Executor(runner, graphs.decide)
         for case, (rows, asked) in CASES.items():
             for _ in range(2):  # the first makes what all steps of a size share
-                plan = next_step([a_request(slot, **asked) for slot in range(rows)], 1000)
-                assert len(plan.rows) == rows
-                device.events.clear()
-                launched = executor.launch(plan)
-                assert launched.replayed
-                assert executor.read(launched) is not None
-                steps[case] = list(device.events)
+                requests = [a_request(slot, [5, 6, 7], **asked) for slot in range(rows)]
+                steps[case] = step(executor, device, requests, rows, replayed=True)
+        for _ in range(2):
+            requests = [a_request(0, [5] * (PROMPT_ROWS * T + 3))]
+            steps["prompt"] = step(executor, device, requests, PROMPT_ROWS + 1, replayed=False)
         steps["planted"] = planted(device)
     return {"steps": steps, "graphs": {key.size: graph.events for key, graph in graphs.backend.graphs.items()}}
 
 
-def a_request(slot: int, **asked: Any) -> Request[DecodeConfig]:
-    """One of three known tokens, whose first row decides."""
+def step(
+    executor: Any, device: Device, requests: list[Request[DecodeConfig]], rows: int, *, replayed: bool
+) -> list[Event]:
+    """What happens in the next step of requests."""
+    plan = next_step(requests, 1000)
+    assert len(plan.rows) == rows
+    device.events.clear()
+    launched = executor.launch(plan)
+    assert launched.replayed == replayed
+    assert executor.read(launched) is not None
+    return list(device.events)
+
+
+def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfig]:
+    """One whose next step fills its prompt and decides the block behind it."""
     params = replace(GREEDY, **asked)
     made = Request(
         f"r{slot}",
-        [5, 6, 7],
+        prompt,
         64,
         frozenset(),
         params,
@@ -183,13 +195,26 @@ def test_kernels_beside_the_layers(seen: dict[str, dict[Any, list[Event]]]) -> N
     assert {event.name for event in events if event.kind == COPY} == {"within"}
 
 
+def test_a_step_of_a_long_prompt_waits_once(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """It runs eagerly, which the host must not be held up by: one copy in, one out, one event; no logits."""
+    events = seen["steps"]["prompt"]
+    assert Counter(event.name for event in events if event.kind == COPY and event.name != "within") == {
+        "in": 1,
+        "out": 1,
+    }
+    assert not any(event.waits for event in events)
+    assert [event.name for event in events if event.kind == WAIT] == ["event"]
+    assert sum(event.size for event in events if event.kind == KERNEL) == 0
+
+
 def test_a_graph_waits_for_nothing(seen: dict[str, dict[Any, list[Event]]]) -> None:
     assert not [event for events in seen["graphs"].values() for event in events if event.kind == WAIT or event.waits]
 
 
 @pytest.mark.parametrize(("case", "size"), [("1", 0), ("32", 0), ("log-probabilities", 0), ("sampled", 8 * 29)])
 def test_bytes_of_whole_logits(case: str, size: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
-    """None but for the 29 open positions of each row that samples, once: a draw goes over them several times."""
+    """None but for the 29 open positions of each row that samples, which are made and once changed in place (by a penalty
+    that is zero here): a draw goes over them several times."""
     events = [*seen["steps"][case], *seen["graphs"][CASES[case][0]]]
     assert sum(event.size for event in events if event.kind == KERNEL) == 2 * size * 4 * VOCABULARY
 
