@@ -213,8 +213,8 @@ def test_a_graph_waits_for_nothing(seen: dict[str, dict[Any, list[Event]]]) -> N
 
 @pytest.mark.parametrize(("case", "size"), [("1", 0), ("32", 0), ("log-probabilities", 0), ("sampled", 8 * 29)])
 def test_bytes_of_whole_logits(case: str, size: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
-    """None but for the 29 open positions of each row that samples, which are made and once changed in place (by a penalty
-    that is zero here): a draw goes over them several times."""
+    """None but for the 29 open positions of each row that samples, because a draw goes over them several times; they
+    are made, and once changed in place (by a penalty that is zero here)."""
     events = [*seen["steps"][case], *seen["graphs"][CASES[case][0]]]
     assert sum(event.size for event in events if event.kind == KERNEL) == 2 * size * 4 * VOCABULARY
 
