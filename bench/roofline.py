@@ -4,13 +4,17 @@ A model on paper: of each part of a forward the larger of its memory traffic and
 peaks below, plus collectives, kernels too small to matter otherwise, and host time. It is fed with the tokens per
 forward that were published and the host times that were measured (ours by `python -m bench.step`), is compared with the
 published speeds, and says which part dominates where and what each difference from the host's own code should be worth.
-One number is fitted, to the published speed of one request: DISTINCT. One table each, then one JSON record.
+One number is fitted, to the published speed of one request: DISTINCT. Last, what was measured of a step on one H200
+(bench/results/gpu-h200.txt) is split over ranks: collectives and their bytes are counted, as tests/host/
+test_collectives.py counts them of two real ranks, and what all ranks do alike stays. One table each, then one JSON
+record.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +110,80 @@ PUBLISHED = [  # what, model, device, tensor parallel, requests, tokens per forw
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """What ranks exchange in a step: `count` times `size` bytes, which each rank has or gives. reduces: or gathers."""
+
+    what: str
+    count: int
+    size: int
+    reduces: bool = True
+
+    def moved(self, ranks: int) -> float:
+        """Bytes that each rank sends, all times together."""
+        share = 2 * (ranks - 1) / ranks if self.reduces else ranks - 1
+        return self.count * self.size * share
+
+    def seconds(self, ranks: int, link: float) -> float:
+        """All times together."""
+        return self.count * COLLECTIVE_SECONDS + self.moved(ranks) / link
+
+
+def collectives(
+    layers: int, hidden: int, tokens: int, positions: int, element: int = BYTES, candidates: int = 1
+) -> list[Collective]:
+    """Those of a step with --tp-size, whether experts are split (by it) or distributed (--ep-size).
+
+    Hidden states of all tokens are summed up after the embedding and twice a layer; of the positions that selection
+    looks at, in a graph all, each rank gives its record.
+    """
+    return [
+        Collective("embedding", 1, tokens * hidden * element),
+        Collective("layers", 2 * layers, tokens * hidden * element),
+        Collective("selection", 1, positions * 8 * (candidates + 1), reduces=False),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a step on one H200, mini's shape: milliseconds at 1 and 32 rows.
+
+    split: whether ranks share it. grows: what it is proportional to, of a model.
+    """
+
+    one: float
+    many: float
+    split: bool
+    grows: Callable[[Model], float]
+
+
+# bench/results/gpu-h200.txt, from the profile. Idle and small kernels are what is left of the wall there.
+MEASURED = {
+    "experts": Part(3.62, 8.73, True, lambda m: (m.layers - 1) * m.hidden * m.moe),
+    "activation of experts": Part(0.47, 0.21, True, lambda m: (m.layers - 1) * m.moe),
+    "attention": Part(0.26, 0.34, True, lambda m: m.layers * m.heads),
+    "products": Part(0.24, 0.93, True, lambda m: m.layers * m.hidden * (2 * m.heads + 2 * m.kv_heads) * m.head),
+    "selection": Part(0.16, 0.73, True, lambda m: m.hidden),
+    "routing": Part(0.23, 0.32, False, lambda m: (m.layers - 1) * m.hidden),
+    "norms": Part(0.10, 0.24, False, lambda m: m.layers * m.hidden),
+    "the rest and idle": Part(0.0, 0.67, False, lambda m: m.layers),
+}
+
+
+def split_step(model: Model, rows: int, ranks: int) -> dict[str, float]:
+    """Milliseconds of the parts of a step of 1 or 32 rows, on H200s."""
+    mini = MODELS["mini"]
+    parts = {}
+    for name, part in MEASURED.items():
+        here = (part.one if rows == 1 else part.many) * part.grows(model) / part.grows(mini)
+        parts[name] = here / ranks if part.split else here
+    if ranks > 1:
+        link = DEVICES["H200"].link
+        exchanged = collectives(model.layers, model.hidden, rows * T, rows * T)
+        parts["collectives"] = 1e3 * sum(each.seconds(ranks, link) for each in exchanged)
+    return parts
+
+
 def forward(model: Model, device: Device, tp: int, rows: float, context: float, *, whole: bool) -> dict[str, float]:
     """Seconds of the parts of a forward of so many rows (on average), each with so much context."""
     tokens, H = rows * T, model.hidden
@@ -127,10 +205,10 @@ def forward(model: Model, device: Device, tp: int, rows: float, context: float, 
         for name, (size, work) in parts.items()
     }
     if tp > 1:
-        moved = 2 * BYTES * tokens * H * (tp - 1) / tp / device.link
         if whole:
             seconds["head"] += tokens * model.vocabulary * BYTES * (tp - 1) / tp / device.link  # gathered logits
-        seconds["collectives"] = 2 * model.layers * (COLLECTIVE_SECONDS + moved)
+        exchanged = collectives(model.layers, H, round(tokens), round(tokens))
+        seconds["collectives"] = sum(each.seconds(tp, device.link) for each in exchanged)
     seconds["small kernels"] = model.layers * KERNELS * KERNEL_SECONDS
     return seconds
 
@@ -178,7 +256,7 @@ def speed(
 def main() -> None:
     """Print the tables and the record."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    out: dict[str, Any] = {**new_record(), "published": [], "steps": [], "changes": []}
+    out: dict[str, Any] = {**new_record(), "published": [], "steps": [], "changes": [], "split": []}
     print("against what was published, tokens/s")
     for what, name, device, tp, requests, per_forward, prompt, answer, engine, said in PUBLISHED:
         got = speed(MODELS[name], DEVICES[device], tp, requests, per_forward, prompt, answer, engine)
@@ -215,6 +293,22 @@ def main() -> None:
             out["changes"].append({"model": name, "tp": tp, "requests": requests, "gains": gains})
             told = "; ".join(f"{what} {gain:.2f}" for what, gain in gains.items())
             print(f"  {name} TP{tp}, {requests} requests ({base:.0f}): {told}")
+    print("\na step of so many rows split over H200s, from what one was measured to take: milliseconds, largest parts")
+    for name, model in MODELS.items():
+        for rows in (1, 32):
+            for ranks in (1, 2, 4, 8):
+                parts = split_step(model, rows, ranks)
+                exchanged = collectives(model.layers, model.hidden, rows * T, rows * T)
+                count = sum(each.count for each in exchanged) if ranks > 1 else 0
+                moved = sum(each.moved(ranks) for each in exchanged)
+                row = {"model": name, "rows": rows, "ranks": ranks, "ms": parts, "collectives": count, "bytes": moved}
+                out["split"].append(row)
+                total = sum(parts.values())
+                told = ", ".join(f"{part} {ms:.2f}" for part, ms in sorted(parts.items(), key=lambda p: -p[1])[:4])
+                print(
+                    f"  {name:<5} {rows:2} rows, {ranks} ranks: {total:6.2f} ms; {count} collectives,"
+                    f" {moved / 1e6:6.1f} MB sent by each rank; {told}"
+                )
     print(json.dumps(out))
 
 

@@ -143,10 +143,10 @@ def reduce_logits(logits: Tensor, first: int, mask_id: int, count: int) -> Parti
 
 
 def lower(logits: Tensor, first: int, lowered: Lowered) -> Tensor:
-    """Logits fp32 [P, v] of the token ids from `first` on, those changed that are to count as lower."""
+    """Logits fp32 [P, v] of the token ids from `first` on, those changed in place that are to count as lower."""
     at, last = lowered.token - first, logits.shape[-1] - 1
     by = lowered.by.masked_fill((at < 0) | (at > last), 0.0)
-    return logits.scatter_add(-1, at.clamp(0, last)[:, None], -by[:, None])
+    return logits.scatter_add_(-1, at.clamp(0, last)[:, None], -by[:, None])
 
 
 def merge(parts: list[Partial]) -> Partial:

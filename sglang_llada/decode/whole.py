@@ -1,9 +1,9 @@
 """Whole logits, for the positions of requests that ask for more than the best tokens.
 
-Most positions never have logits. Those of requests that sample, change their logits (penalties, bias, grammars, custom
-processors) or want log-probabilities do: all ids of CHUNK positions at once. A position's logits are first changed as
-its request says, and then its token is the best one, with the mask counting in its probability, or is drawn
-(sampling.py).
+Most positions never have logits. Those of requests that sample or change their logits (penalties, bias, grammars,
+custom processors) do: all ids of CHUNK positions at once. A position's logits are first changed as its request says,
+and then its token is the best one, with the mask counting in its probability, or is drawn (sampling.py).
+Log-probabilities need none (logprobs.py).
 """
 
 from __future__ import annotations
@@ -106,86 +106,41 @@ def drawn(logits: Tensor, mask_id: int, draws: Draws, never: int, count: int) ->
     return Best(torch.cat((one.token, others.token), dim=-1), torch.cat((one.prob, others.prob), dim=-1))
 
 
-def report(
-    hidden: Tensor,
-    groups: list[Group],
-    ids: Tensor,
-    origin: Tensor,
-    head: Head,
-    mask_id: int,
-    exchange: Exchange | None,
-    lowered: Lowered | None = None,
-) -> Tensor:
-    """Log-probabilities after a step, fp64, of all groups that want some, one after the other, flat.
-
-    ids, origin: int64 [R, T], as in StepOut. Of each position: that of the token which the step put there, or moved
-    away from there; the `top` largest, but not the mask's, and their ids; those of `ids`. They are of the distribution
-    that the token came from before it was cut, or where the group's report says so of the logits as the network gives
-    them. lowered: as for choose.
-    """
-    T = ids.shape[1]
-    places = torch.where(origin < 0, T, origin)
-    ids = torch.zeros_like(ids[:, :1]).repeat(1, T + 1).scatter(-1, places, ids)[:, :T].flatten()
-    columns_of = []
-    for part in parts([group for group in groups if group.report is not None]):
-        at, logits = shaped_logits(hidden, part, head, exchange, lowered, original=True)
-        rows = 0
-        for group in part:
-            assert group.report is not None
-            mine, here = logits[rows : rows + len(group.at)], at[rows : rows + len(group.at)]
-            rows += len(group.at)
-            if group.sampling is not None and not group.report.original:
-                mine[:, mask_id] = float("-inf")
-                mine = mine / group.sampling.temperature
-            logprobs = mine.log_softmax(-1)
-            chosen = logprobs.gather(-1, ids[here][:, None])
-            wanted = to_device(torch.tensor(group.report.ids, dtype=torch.int64), at.device)
-            asked = logprobs[:, wanted]
-            logprobs[:, mask_id] = float("-inf")
-            largest = logprobs.topk(group.report.top, dim=-1)
-            columns = (chosen, largest.values, largest.indices, asked)
-            columns_of.append(torch.cat([column.double() for column in columns], dim=-1).flatten())
-    return torch.cat(columns_of)
-
-
 def shaped_logits(
-    hidden: Tensor,
-    part: list[Group],
-    head: Head,
-    exchange: Exchange | None,
-    lowered: Lowered | None = None,
-    *,
-    original: bool = False,
+    hidden: Tensor, part: list[Group], head: Head, exchange: Exchange | None, lowered: Lowered | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Flat positions [P] of these groups, and their logits, fp32 [P, V], as the groups change them.
-
-    With `original`, not those of groups whose report is of the network's own.
-    """
-    at = to_device(torch.tensor([i for group in part for i in group.at]), hidden.device)
+    """Flat positions [P] of these groups, and their logits, fp32 [P, V], as the groups change them."""
+    at = places(part, hidden.device)
     logits, first = whole_logits(hidden[at], head, exchange), 0
+    if lowered is not None:
+        logits = lower(logits, 0, lowered.at(at))
     for group in part:
         rows = slice(first, first + len(group.at))
         first += len(group.at)
-        kept = original and group.report is not None and group.report.original
-        if kept:
-            continue
-        if lowered is not None:
-            logits[rows] = lower(logits[rows], 0, lowered.at(at[rows]))
         if group.shape is not None:
             logits[rows] = group.shape(logits[rows])
     return at, logits
 
 
+def places(part: list[Group], device: torch.device) -> Tensor:
+    """The flat positions of groups, int64 [P]."""
+    return to_device(torch.tensor([i for group in part for i in group.at]), device)
+
+
 def whole_logits(hidden: Tensor, head: Head, exchange: Exchange | None) -> Tensor:
-    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded; products are never rounded."""
-    if hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype in HALVES:
-        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)  # a head in fp32 would be a copy of all of it
-    else:
-        logits = F.linear(hidden.float(), head.weight.float())
+    """Logits fp32 [P, V] of all token ids, from all ranks if the head is sharded."""
+    logits = products(hidden, head.weight)
     if exchange is None:
         return logits
     padded = F.pad(logits, (0, head.slots - logits.shape[-1]), value=float("nan"))
     return torch.cat(list(exchange(padded)), dim=-1)[:, : head.vocabulary]
+
+
+def products(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits fp32 [P, v] of rows of a head, never rounded to its type."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in HALVES:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # a head in fp32 would be a copy of all of it
+    return F.linear(hidden.float(), weight.float())
 
 
 def parts(groups: list[Group]) -> Iterator[list[Group]]:

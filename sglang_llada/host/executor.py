@@ -29,8 +29,9 @@ from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
+from sglang_llada.decode.logprobs import report
 from sglang_llada.decode.sampling import uniform, warm_up
-from sglang_llada.decode.whole import Group, Shape, order, report
+from sglang_llada.decode.whole import Group, Shape, order
 from sglang_llada.host.arguments import facts_of, row_budget
 from sglang_llada.host.rows import (
     SLOT,
@@ -78,7 +79,7 @@ class InFlight:
     outcome: Coming | None
     replayed: bool
     groups: list[RequestGroup]
-    reports: Tensor | None
+    reports: Coming | None
     failed: dict[str, Exception] = field(default_factory=dict)
     carried: frozenset[int] = field(default=frozenset())
 
@@ -90,8 +91,8 @@ class Coming:
     tensor: Tensor
     there: Any
 
-    def wait(self) -> Numbers:
-        """Its numbers."""
+    def wait(self) -> Any:
+        """Its numbers, as numpy has them."""
         if self.there is not None:
             self.there.synchronize()
         return self.tensor.numpy()
@@ -272,13 +273,16 @@ class Executor:
             outcome=None if outcome is None else to_host(outcome),
             replayed=output.can_run_graph,
             groups=asking,
-            reports=reports,
+            reports=None if reports is None else to_host(reports),
             failed=failed,
             carried=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
         )
 
     def read(self, launched: InFlight) -> Landed | None:
-        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided."""
+        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided.
+
+        The reports are what the device makes last: when they are there, the outcome is.
+        """
         reports = self._read_reports(launched)
         if launched.outcome is None:
             return None
@@ -301,7 +305,7 @@ class Executor:
         """Of requests that want log-probabilities, by id, the row of each position; prompts keep theirs."""
         if launched.reports is None:
             return {}
-        flat = iter(launched.reports.tolist())
+        flat = iter(launched.reports.wait().tolist())
         found: dict[str, dict[int, list[float]]] = {}
         for request, positions, group in launched.groups:
             if group.report is not None:
@@ -377,12 +381,12 @@ class Executor:
             batch.can_run_decode_cuda_graph = True
             batch.original_global_num_tokens_cpu = of_ranks  # which graph to replay is asked in rows
             batch.global_num_tokens_cpu = batch.global_num_tokens_for_logprob_cpu = tokens
-            batch.global_num_tokens_gpu = torch.tensor(tokens, device=self.device)
+            batch.global_num_tokens_gpu = transfer.to_device(torch.tensor(tokens), self.device)
             batch.global_num_tokens_for_logprob_gpu = batch.global_num_tokens_gpu.clone()
         # As the host's _init_num_token_non_padded, which asks anew each time.
         batch.global_num_token_non_padded_cpu = R * T
         if self.counts_tokens:
-            batch.global_num_token_non_padded = torch.tensor(R * T, dtype=torch.int32).to(self.device)
+            batch.global_num_token_non_padded = transfer.to_device(torch.tensor(R * T, dtype=torch.int32), self.device)
         return batch
 
     def _unfold(self, batch: ForwardBatch) -> None:

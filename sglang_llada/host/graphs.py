@@ -24,10 +24,11 @@ from torch import Tensor
 
 from sglang_llada.decode.contract import StepOut
 from sglang_llada.decode.decide import pack
+from sglang_llada.decode.transfer import copy_to
 from sglang_llada.host import attention
 from sglang_llada.host.arguments import is_ours
 from sglang_llada.host.attention import KernelAttention
-from sglang_llada.host.executor import Decider, forward_rows, to_device
+from sglang_llada.host.executor import Decider, forward_rows
 from sglang_llada.host.rows import WRITTEN, Numbers, unfold
 
 
@@ -99,7 +100,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
         else:
             super().load_batch(forward_batch, pp_proxy_tensors)
         written = np.concatenate((forward_batch.written_rows, self.idle.repeat(self.bs - rows, 0)))
-        self.packed[: self.bs].copy_(to_device(written, self.device), non_blocking=True)
+        copy_to(self.packed[: self.bs], torch.from_numpy(written))
 
 
 def idle_row(decide: Decider) -> Numbers:

@@ -1,0 +1,235 @@
+"""What a step costs, in counts, without a GPU: launches, copies, waits and bytes, of the model runner that serves.
+
+LLaDA2.0-mini's shape with three layers, one of them dense, on a device of which only shapes exist (shapes.py). A count
+here is the sum of what the device would be given; the first GPU that ran these steps had the same ones
+(bench/results/gpu-h200.txt), but for what cuBLAS and the driver add: sums of split products, a memset.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_llada.blocks import Request, next_step
+from sglang_llada.config import DecodeConfig, Report, Sampling
+from sglang_llada.decode.contract import Tokens
+from sglang_llada.decode.decide import fresh, numbers
+from tests.host.conftest import TINY
+from tests.host.pretend import HOPPER, in_a_process
+from tests.host.shapes import COPY, KERNEL, WAIT, Device, Event, runner_on
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(300)]
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SHAPE = Path(__file__).parents[1] / "published" / "LLaDA2.0-mini.config.json"
+PROMPT_ROWS = 39  # more than the largest graph of these tests holds
+LAYERS, VOCABULARY, T, MASK = 3, 157_184, 32, 156_895
+
+GREEDY = DecodeConfig.defaults(T)
+SAMPLING = Sampling(temperature=1.0, top_k=1 << 30, top_p=0.9, min_p=0.0, seed=7)
+CASES: dict[str, tuple[int, dict[str, Any]]] = {  # rows, and what the request of each asks for
+    "1": (1, {}),
+    "32": (32, {}),
+    "log-probabilities": (8, {"report": Report(top=5, ids=(3, 4))}),
+    "sampled": (8, {"sampling": SAMPLING}),
+    "sampled, log-probabilities": (8, {"sampling": SAMPLING, "report": Report(top=5)}),
+}
+
+
+# --- in the process that has the device -----------------------------------------------------------------------------
+
+
+def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
+    """What happens in a step of each case, from its launch until it is read, and in the graph of each size."""
+    from sglang_llada.host.executor import Executor
+
+    device = Device(VOCABULARY)
+    sizes = sorted({str(rows) for rows, _ in CASES.values()})
+    runner = runner_on(device, folder, 1, "--cuda-graph-bs-decode", *sizes)
+    graphs = runner.decode_cuda_graph_runner
+    steps = {}
+    with device.on(), torch.inference_mode():
+        executor = Executor(runner, graphs.decide)
+        for case, (rows, asked) in CASES.items():
+            for _ in range(2):  # the first makes what all steps of a size share
+                requests = [a_request(slot, [5, 6, 7], **asked) for slot in range(rows)]
+                steps[case] = step(executor, device, requests, rows, replayed=True)
+        for _ in range(2):
+            requests = [a_request(0, [5] * (PROMPT_ROWS * T + 3))]
+            steps["prompt"] = step(executor, device, requests, PROMPT_ROWS + 1, replayed=False)
+        steps["planted"] = planted(device)
+    return {"steps": steps, "graphs": {key.size: graph.events for key, graph in graphs.backend.graphs.items()}}
+
+
+def step(
+    executor: Any, device: Device, requests: list[Request[DecodeConfig]], rows: int, *, replayed: bool
+) -> list[Event]:
+    """What happens in the next step of requests."""
+    plan = next_step(requests, 1000)
+    assert len(plan.rows) == rows
+    device.events.clear()
+    launched = executor.launch(plan)
+    assert launched.replayed == replayed
+    assert executor.read(launched) is not None
+    return list(device.events)
+
+
+def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfig]:
+    """One whose next step fills its prompt and decides the block behind it."""
+    params = replace(GREEDY, **asked)
+    made = Request(
+        f"r{slot}",
+        prompt,
+        64,
+        frozenset(),
+        params,
+        block_size=T,
+        mask_id=MASK,
+        fresh=fresh(T, Tokens(MASK)),
+        numbers=numbers(params),
+        plain=not asked,
+        noted=params.report is not None,
+    )
+    made.slot = slot
+    made.admit(0)
+    return made
+
+
+def planted(device: Device) -> list[Event]:
+    """Of each thing that is counted one."""
+    device.events.clear()
+    x = torch.zeros(2, 3).to("cuda")
+    x.view(3, 2)
+    (x + 1).cpu()
+    torch.zeros(3).pin_memory().to("cuda", non_blocking=True)
+    x.sum().item()
+    torch.empty(4, VOCABULARY, device="cuda").exp()
+    torch.cuda.synchronize()
+    return list(device.events)
+
+
+# --- in the test's process ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, list[Event]]]:
+    """What counted() saw."""
+    folder = tmp_path_factory.mktemp("mini")
+    for name in TOKENIZER:
+        shutil.copy(TINY / name, folder)
+    (folder / "config.json").write_text(json.dumps(json.loads(SHAPE.read_text()) | {"num_hidden_layers": LAYERS}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_ENABLE_JIT_DEEPGEMM", "0")  # which looks for a driver when it is imported
+        (found,) = in_a_process(counted, [folder], HOPPER)
+    return found
+
+
+def names(events: list[Event]) -> list[str]:
+    """Of kernels, in order."""
+    return [event.name for event in events if event.kind == KERNEL]
+
+
+def test_what_is_counted(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    assert seen["steps"]["planted"] == [
+        Event(COPY, "in", 24, waits=True),  # from memory that is not pinned
+        Event(KERNEL, "aten::add.Tensor"),
+        Event(COPY, "out", 24, waits=True),
+        Event(COPY, "in", 12),
+        Event(KERNEL, "aten::sum"),
+        Event(WAIT, "read"),
+        Event(KERNEL, "aten::exp", 4 * 4 * VOCABULARY),
+        Event(WAIT, "event"),
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_a_greedy_step_is_a_copy_a_graph_a_copy_and_a_wait(rows: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """All that the host asks of the device: one table of numbers in, 46 a row; one out, 36 a row; both from and to
+    pinned memory and not waited for, but by one event when the step is read."""
+    assert seen["steps"][str(rows)] == [
+        Event(COPY, "in", rows * 46 * 8),
+        Event(KERNEL, "graph"),
+        Event(COPY, "out", rows * 36 * 8),
+        Event(WAIT, "event"),
+    ]
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 15), (32, 14)])
+def test_kernels_of_a_layer(rows: int, most: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """Two norms, four products (heads, output, router; with one row their attention's merge), norms with rotation and
+    KV, attention, routing, two that sort tokens by expert, two of experts, their activation, their sum."""
+    found = names(seen["graphs"][rows])
+    _, first, second = (at for at, name in enumerate(found) if name == "attention_triton.attend_kernel")
+    print(Counter(found[first:second]))
+    assert second - first == most
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_kernels_of_selection_and_decision(rows: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """Selection is two, of which the first reads the head once; around it hidden states are gathered and rows decided.
+    Nothing comes between them."""
+    found = names(seen["graphs"][rows])
+    ours = [
+        "decide_triton.gather_kernel",
+        "select_triton.kernel",
+        "select_triton.fold_kernel",
+        "decide_triton.rows_kernel",
+    ]
+    assert found[-4:] == ours
+    assert not {name for name in found[:-4] if name.startswith(("select_triton", "decide_triton"))}
+
+
+def test_kernels_beside_the_layers(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """Rows are unfolded from their table in 15, then there are the embedding and the first norm; the last norm is the
+    one that every layer ends with. Five copies fill the graph's buffers, one keeps the decisions for the next step."""
+    events = seen["graphs"][32]
+    assert names(events).index("rmsnorm") == 15
+    assert sum(event.kind == COPY for event in events) == 6
+    assert {event.name for event in events if event.kind == COPY} == {"within"}
+
+
+def test_a_step_of_a_long_prompt_waits_once(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """It runs eagerly, which the host must not be held up by: one copy in, one out, one event; no logits."""
+    events = seen["steps"]["prompt"]
+    assert Counter(event.name for event in events if event.kind == COPY and event.name != "within") == {
+        "in": 1,
+        "out": 1,
+    }
+    assert not any(event.waits for event in events)
+    assert [event.name for event in events if event.kind == WAIT] == ["event"]
+    assert sum(event.size for event in events if event.kind == KERNEL) == 0
+
+
+def test_a_graph_waits_for_nothing(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    assert not [event for events in seen["graphs"].values() for event in events if event.kind == WAIT or event.waits]
+
+
+@pytest.mark.parametrize(("case", "size"), [("1", 0), ("32", 0), ("log-probabilities", 0), ("sampled", 8 * 29)])
+def test_bytes_of_whole_logits(case: str, size: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """None but for the 29 open positions of each row that samples, because a draw goes over them several times; they
+    are made, and once changed in place (by a penalty that is zero here)."""
+    events = [*seen["steps"][case], *seen["graphs"][CASES[case][0]]]
+    assert sum(event.size for event in events if event.kind == KERNEL) == 2 * size * 4 * VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("case", "into", "out"), [("log-probabilities", 4, 2), ("sampled", 4, 1), ("sampled, log-probabilities", 6, 2)]
+)
+def test_copies_of_steps_that_want_more(
+    case: str, into: int, out: int, seen: dict[str, dict[Any, list[Event]]]
+) -> None:
+    """However many requests want it: their rows once more, for what is not in the graph; the positions and how to
+    draw, or the positions and what to report. Reports come out by a copy of their own, and nothing is waited for but
+    the two events when the step is read, of which the later one comes first."""
+    events = seen["steps"][case]
+    copies = Counter(event.name for event in events if event.kind == COPY)
+    assert copies["in"] <= into and copies["out"] == out
+    assert not any(event.waits for event in events)
+    assert [event.name for event in events if event.kind == WAIT] == ["event"] * out
