@@ -48,13 +48,14 @@ from sglang.srt.utils import DynamicGradMode
 from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowKind, Rules, Table, next_step
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
-from sglang_llada.errors import IntegrityError
-from sglang_llada.host.admission import decode_params, ends_of, why_refused
+from sglang_llada.errors import ConfigError, IntegrityError
+from sglang_llada.host.admission import wishes_of
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
+from sglang_llada.host.stops import MOST_TAIL
 from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs
 
 logger = logging.getLogger(__name__)
@@ -285,8 +286,14 @@ class LladaScheduler(Scheduler):
     # --- admission --------------------------------------------------------------------------------------------------
 
     def validate_dllm_request(self, req: Any) -> str | None:
-        """The host's door: the sentence that refuses the request, or None."""
-        return why_refused(req, self.defaults, self.model_config.vocab_size, self.facts)
+        """The host's door: the sentence that refuses the request, or None; what it wants is read here, once."""
+        try:
+            req.wishes = wishes_of(req, self.defaults, self.model_config.vocab_size, self.facts)
+        except ConfigError as error:
+            return str(error)
+        params = req.sampling_params  # the whole answer, searched after every step, is quadratic work
+        params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TAIL)
+        return None
 
     def _admit_waiting(self) -> None:
         """Stage: let waiting requests in, in the order of the host's policy, as far as KV and request slots go."""
@@ -404,20 +411,17 @@ class LladaScheduler(Scheduler):
         return request
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
-        vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
-        params = decode_params(req, self.defaults, vocabulary)
-        ends = ends_of(req)
-        if (shaping := shaping_of(req, ends, vocabulary, never)) is not None:
+        wishes, params = req.wishes, req.wishes.params
+        if (shaping := shaping_of(req, wishes, self.model_config.vocab_size, self.facts.own_tokens)) is not None:
             params = replace(params, shaping=shaping)
-        stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
-        if new := stop_ids - self.stop_ids:
+        if new := wishes.stop_ids - self.stop_ids:
             self.stop_ids |= new
-            self.executor.stops[[token for token in new if 0 <= token < vocabulary]] = True
+            self.executor.stops[list(new)] = True
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
             max_new_tokens=req.sampling_params.max_new_tokens,
-            stop_ids=stop_ids,
+            stop_ids=wishes.stop_ids,
             params=params,
             fresh=self.fresh,
             numbers=numbers(params),
