@@ -22,6 +22,7 @@ from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
 HOST_PARAMS = {REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY, "thinking_budget"}
+MOST_REPORTED = 2**17  # log-probabilities of a prompt, which the host makes objects, messages and JSON of
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 
@@ -137,9 +138,15 @@ def processor_of(req: Any) -> Any:
 
 
 def report_of(req: Any) -> Report:
-    """The log-probabilities that a request wants."""
+    """The log-probabilities that a request wants; ConfigError if its prompt's are more than others can wait for."""
     top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len
-    return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if 0 <= start < len(req.origin_input_ids) else None)
+    positions = len(req.origin_input_ids) - start if start >= 0 else 0
+    if positions * (top + len(ids)) > MOST_REPORTED:
+        raise ConfigError(
+            f"top_logprobs_num is {top} and token_ids_logprob has {len(ids)} entries, for {positions} tokens of the "
+            f"prompt from logprob_start_len {start} on; allowed: {MOST_REPORTED} log-probabilities of these in all"
+        )
+    return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if positions > 0 else None)
 
 
 def seed_of(rid: str) -> int:

@@ -8,6 +8,7 @@ host/admission.py to say. Fields that are not here are listed with the reason in
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Edge(enum.Enum):
 
     VOCABULARY = "the last token id"
     CONTEXT = "the context length"
-    TEXT = "16 times the context length"
+    TEXT = "8 times the context length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Bound:
         most: entries of a list or mapping of such values; None: it is none. A single text may stand for a list of it.
         also: further values that are allowed.
         keys: of a mapping, what is allowed of its keys.
+        levels: of a text that is JSON, how deep its lists and mappings may stand in one another.
     """
 
     name: str
@@ -48,27 +50,34 @@ class Bound:
     most: int | Edge | None = None
     also: tuple[Any, ...] = ()
     keys: Bound | None = None
+    levels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server's own bounds are."""
+    """What a server's own bounds are.
+
+    Attributes:
+        sequences: prompts of one request, and answers to them, altogether.
+    """
 
     vocabulary: int
     context: int
+    sequences: float = math.inf
 
     def of(self, bound: Any) -> Any:
         """A bound as a number."""
         if not isinstance(bound, Edge):
             return bound
-        return {Edge.VOCABULARY: self.vocabulary - 1, Edge.CONTEXT: self.context, Edge.TEXT: 16 * self.context}[bound]
+        return {Edge.VOCABULARY: self.vocabulary - 1, Edge.CONTEXT: self.context, Edge.TEXT: 8 * self.context}[bound]
 
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
-MOST_SEQUENCES = 16_384  # prompts of one request, and answers to them
+MOST_SEQUENCES = 2_048  # of a request over HTTP; who calls Engine keeps nobody else waiting
 MOST_IDS = 4_096  # of a list that is looked at in every step
 MOST_LOGPROBS = 128  # for each position, where OpenAI's API gives up to 20
 NAME, SOURCE = 512, 2**18  # characters of an identifier, and of a grammar or of code
+LEVELS = 100  # a grammar of three hundred takes ten seconds to compile
 SMALL = 1e-5  # what fp32 divides by without running out of range
 
 SAMPLING, REQUEST, SESSION = "sampling_params", "request", "session_params"
@@ -98,10 +107,10 @@ BOUNDS: tuple[Bound, ...] = (
         most=MOST_IDS,
         keys=Bound("logit_bias", SAMPLING, int, 0, Edge.VOCABULARY),
     ),
-    Bound("json_schema", SAMPLING, str, 0, SOURCE),
+    Bound("json_schema", SAMPLING, str, 0, SOURCE, levels=LEVELS),
     Bound("regex", SAMPLING, str, 0, SOURCE),
     Bound("ebnf", SAMPLING, str, 0, SOURCE),
-    Bound("structural_tag", SAMPLING, str, 0, SOURCE),
+    Bound("structural_tag", SAMPLING, str, 0, SOURCE, levels=LEVELS),
     Bound("ignore_eos", SAMPLING, bool),
     Bound("skip_special_tokens", SAMPLING, bool),
     Bound("spaces_between_special_tokens", SAMPLING, bool),
@@ -160,9 +169,9 @@ def check(request: Any, limits: Limits) -> None:
     prompts = prompts_of(request)
     for each in batch:
         check_mapping(each, SAMPLING, limits, ALSO_SAMPLING)
-    answers = prompts or 1
-    if any(each and answers * (each.get("n") or 1) > MOST_SEQUENCES for each in batch) or answers > MOST_SEQUENCES:
-        raise ValueError(f"the request has {answers} prompts; allowed: {MOST_SEQUENCES} prompts and answers to them")
+    answers = max([(prompts or 1) * ((each or {}).get("n") or 1) for each in batch], default=0)
+    if answers > limits.sequences or (prompts or 0) > limits.sequences:
+        raise ValueError(f"the request has {prompts or 1} prompts and {answers} answers; allowed: {limits.sequences}")
     if isinstance(params, list):
         check_count(SAMPLING, params, prompts)
     for name, bound in OF[REQUEST].items():
@@ -233,6 +242,8 @@ def check_value(value: Any, bound: Bound, limits: Limits) -> None:
     if alone:
         if not allows(bound, value, limits):
             raise ValueError(f"{bound.name} is {shown(value)}; allowed: {allowed(bound, limits)}")
+        if bound.levels is not None and is_deeper(value, bound.levels):
+            raise ValueError(f"{bound.name} is {shown(value)}, which is too deep; allowed: {allowed(bound, limits)}")
         return
     form: Any = Mapping if bound.keys is not None else list | tuple | set | frozenset
     if not isinstance(value, form):
@@ -295,6 +306,20 @@ def allows(bound: Bound, value: Any, limits: Limits) -> bool:
     return value in bound.also or bound.low <= value <= limits.of(bound.high)
 
 
+def is_deeper(text: str, levels: int) -> bool:
+    """Whether a JSON text has lists and mappings in one another beyond so many levels; False if it is no JSON."""
+    try:
+        level = [json.loads(text)]
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    for _ in range(levels):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in inside for each in values]
+    return any(isinstance(each, dict | list) for each in level)
+
+
 def number_of(key: Any, bound: Bound) -> Any:
     """A mapping's key, which JSON makes a text of, as the number that it stands for; as it is if it stands for none."""
     if bound.kind is int and isinstance(key, str) and key.isdecimal() and len(key) < 20:
@@ -309,6 +334,7 @@ def allowed(bound: Bound, limits: Limits | None = None) -> str:
     high = bound.high if limits is None else limits.of(bound.high)
     high = high.value if isinstance(high, Edge) else number(high)
     words = f"{number(bound.low)} to {high}{' characters' if bound.kind is str else ''}"
+    words += f" of JSON with at most {bound.levels} levels" if bound.levels is not None else ""
     return " or ".join([*map(str, bound.also), words])
 
 

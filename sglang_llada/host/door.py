@@ -7,6 +7,7 @@ theirs would have failed anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,8 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
         return
     if isinstance(obj, EmbeddingReqInput):
         raise ValueError(NO_EMBEDDINGS)
-    bounds.check(obj, bounds.Limits(manager.model_config.vocab_size, manager.context_len))
+    sequences = math.inf if request is None else bounds.MOST_SEQUENCES
+    bounds.check(obj, bounds.Limits(manager.model_config.vocab_size, manager.context_len, sequences))
     if manager.enable_metrics:
         check_labels(obj.custom_labels or {}, manager.server_args.tokenizer_metrics_allowed_custom_labels or [])
     if obj.return_step_maps:

@@ -91,11 +91,18 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("custom_params", {"custom_params": {"max_nfe": 2**64}}),
     ("custom_params", {"custom_params": {"a": "b" * 10**6}}),
     ("custom_params", {"custom_params": {str(i): 1 for i in range(300_000)}}),
+    ("json_schema", {"json_schema": '{"items": ' * 101 + "{}" + "}" * 101}),
+    ("json_schema", {"json_schema": "[" * 100_000 + "]" * 100_000}),
+    ("structural_tag", {"structural_tag": '{"format": ' * 300 + "{}" + "}" * 300}),
     ("is_normalized", {"is_normalized": True}),
     ("stop_regex_max_len", {"stop_regex_max_len": 2**70}),
 ]
 HOSTILE_OUTSIDE: list[tuple[str, dict[str, Any]]] = [
     ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": 399, "logprob_start_len": 0}),
+    (
+        "allowed: 131072",
+        {"text": "a " * 4000, "return_logprob": True, "top_logprobs_num": 128, "logprob_start_len": 0},
+    ),
     ("token_ids_logprob", {"return_logprob": True, "token_ids_logprob": [5] * 100_000}),
     ("token_ids_logprob", {"return_logprob": True, "token_ids_logprob": [True]}),
     ("logprob_start_len", {"return_logprob": True, "logprob_start_len": 2**70}),
@@ -111,7 +118,7 @@ HOSTILE_OUTSIDE: list[tuple[str, dict[str, Any]]] = [
     ("offset", {"session_params": {"id": "x", "offset": 2**70}}),
     ("session_params", {"session_params": {"nothing": 1}}),
     ("text", {"text": "a " * 1_000_000}),
-    ("prompts", {"text": ["a"] * 20_000}),
+    ("prompts", {"text": ["a"] * 3000}),
     ("prompts", {"text": ["a"] * 200, "sampling_params": {"n": 100, "max_new_tokens": 1}}),
     ("sampling_params", {"text": ["a", "b"], "sampling_params": [{"max_new_tokens": 1}]}),
 ]
@@ -208,6 +215,12 @@ def test_every_edge_that_is_allowed_is_answered_or_refused(server: Server) -> No
     assert statuses[200] > 100, statuses
     assert server.post("/generate", PLAIN).json()["output_ids"] == want
     server.flush()
+
+
+def test_levels_are_counted_as_people_count_them() -> None:
+    for text, levels in {"1": 0, "[]": 1, '{"a": [1]}': 2, "[[[]], []]": 3, '"[[["': 0, "[[": 0}.items():
+        assert not bounds.is_deeper(text, levels)
+        assert levels == 0 or bounds.is_deeper(text, levels - 1), text
 
 
 def test_sentences_are_short_whatever_the_value() -> None:
