@@ -159,6 +159,7 @@ def hook_door() -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, HookType.AFTER)
     HookRegistry.register(f"{manager}.generate_request", door.admit, HookType.BEFORE)
+    HookRegistry.register(f"{manager}._validate_one_request", door.check_prompt, HookType.BEFORE)
     HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
     scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin.score_request"
     HookRegistry.register(scores, door.refuse_scores, HookType.BEFORE)

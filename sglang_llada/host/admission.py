@@ -22,7 +22,6 @@ from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
 HOST_PARAMS = {REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY, "thinking_budget"}
-MOST_REPORTED = 2**17  # log-probabilities of a prompt, which the host makes objects, messages and JSON of
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 
@@ -60,7 +59,8 @@ class Wishes:
     """What a request wants, read once when the host validates it.
 
     Attributes:
-        params: how its blocks are decoded; without `shaping`, for which its grammar may have to be compiled first.
+        params: how its blocks are decoded; without `shaping` and `report`, for which the host has more to do first: to
+            compile a grammar, and to settle where in the prompt log-probabilities begin.
         ends: token ids that end a turn, as the host's own finish check sees them.
         stop_ids: those that end this request, which may ignore them.
         processor: its custom logit processor, or None.
@@ -116,8 +116,6 @@ def decode_params(req: Any, defaults: DecodeConfig, *, lenient: bool) -> DecodeC
     if lenient:
         custom = {key: value for key, value in custom.items() if key in KEYS}
     decode = defaults.replaced(custom)
-    if req.return_logprob:
-        decode = replace(decode, report=report_of(req))
     if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
         decode = decode.from_left_to_right
     if params.top_k == TOP_K_GREEDY:
@@ -137,16 +135,12 @@ def processor_of(req: Any) -> Any:
         raise ConfigError(f"custom_logit_processor cannot be loaded: {error!r}") from None
 
 
-def report_of(req: Any) -> Report:
-    """The log-probabilities that a request wants; ConfigError if its prompt's are more than others can wait for."""
+def report_of(req: Any) -> Report | None:
+    """The log-probabilities that a request wants, once the host has said from where on in its prompt; None: none."""
+    if not req.return_logprob:
+        return None
     top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len
-    positions = len(req.origin_input_ids) - start if start >= 0 else 0
-    if positions * (top + len(ids)) > MOST_REPORTED:
-        raise ConfigError(
-            f"top_logprobs_num is {top} and token_ids_logprob has {len(ids)} entries, for {positions} tokens of the "
-            f"prompt from logprob_start_len {start} on; allowed: {MOST_REPORTED} log-probabilities of these in all"
-        )
-    return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if positions > 0 else None)
+    return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if 0 <= start < len(req.origin_input_ids) else None)
 
 
 def seed_of(rid: str) -> int:

@@ -76,6 +76,7 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1
 MOST_SEQUENCES = 2_048  # of a request over HTTP; who calls Engine keeps nobody else waiting
 MOST_IDS = 4_096  # of a list that is looked at in every step
 MOST_LOGPROBS = 128  # for each position, where OpenAI's API gives up to 20
+MOST_REPORTED = 2**17  # log-probabilities of a prompt, of which the host makes objects, messages and JSON
 NAME, SOURCE = 512, 2**18  # characters of an identifier, and of a grammar or of code
 LEVELS = 100  # a grammar of three hundred takes ten seconds to compile
 SMALL = 1e-5  # what fp32 divides by without running out of range
@@ -185,6 +186,23 @@ def check(request: Any, limits: Limits) -> None:
         else:
             check_value(value, bound, limits)
     check_mapping(request.session_params, SESSION, limits)
+
+
+def check_reported(request: Any, prompt: int) -> None:
+    """Bound the log-probabilities that one host's request wants of a prompt of so many tokens.
+
+    Raises:
+        ValueError: they are more than others can wait for.
+    """
+    top, ids, start = request.top_logprobs_num, request.token_ids_logprob or (), request.logprob_start_len
+    if not request.return_logprob or start < 0:
+        return
+    wanted = max(prompt - start, 0) * (top + len(ids))
+    if wanted > MOST_REPORTED:
+        raise ValueError(
+            f"top_logprobs_num is {top} and token_ids_logprob has {len(ids)} entries, for {prompt - start} tokens of "
+            f"the prompt from logprob_start_len {start} on; allowed: {MOST_REPORTED} log-probabilities of these in all"
+        )
 
 
 def prompts_of(request: Any) -> int | None:

@@ -62,6 +62,12 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
         obj.sampling_params = with_step_maps(obj.sampling_params, obj.return_step_maps)
 
 
+def check_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
+    """Before the host looks at one tokenized request; ValueError if it wants too much of its prompt."""
+    if is_ours(manager.server_args):
+        bounds.check_reported(obj, len(input_ids or ()))
+
+
 def check_labels(labels: dict[str, str], allowed: list[str]) -> None:
     """Refuse labels that the server's metrics do not have: the host would end when it counts the answer.
 

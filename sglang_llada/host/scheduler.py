@@ -49,7 +49,7 @@ from sglang_llada.blocks import Decided, Ending, Phase, Plan, Request, Row, RowK
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import ConfigError, IntegrityError
-from sglang_llada.host.admission import wishes_of
+from sglang_llada.host.admission import report_of, wishes_of
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
 from sglang_llada.host.grammar import conform
@@ -411,9 +411,9 @@ class LladaScheduler(Scheduler):
         return request
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
-        wishes, params = req.wishes, req.wishes.params
-        if (shaping := shaping_of(req, wishes, self.model_config.vocab_size, self.facts.own_tokens)) is not None:
-            params = replace(params, shaping=shaping)
+        wishes = req.wishes
+        shaping = shaping_of(req, wishes, self.model_config.vocab_size, self.facts.own_tokens)
+        params = replace(wishes.params, shaping=shaping, report=report_of(req))
         if new := wishes.stop_ids - self.stop_ids:
             self.stop_ids |= new
             self.executor.stops[list(new)] = True
