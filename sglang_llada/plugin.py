@@ -59,6 +59,9 @@ def install(mode: Mode) -> None:
         hook_model_class()
         hook_sampling_defaults()
         hook_door()
+        bound_stops()
+        hook_profiles()
+        widen_rows()
         replace_parsers()
         hook_grammars()
         replace_scheduler()
@@ -150,19 +153,55 @@ def hook_door() -> None:
     HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
     request = "sglang.srt.managers.io_struct.GenerateReqInput"
     HookRegistry.register(request, door.OpenGenerateReqInput, HookType.REPLACE)
-    HookRegistry.register(f"{request}.normalize_batch_and_arguments", door.check_sampling, HookType.BEFORE)
     for generate in ("generate", "async_generate"):
         target = f"sglang.srt.entrypoints.engine.Engine.{generate}"
         HookRegistry.register(target, door.take_step_maps, HookType.AROUND)
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, HookType.AFTER)
-    HookRegistry.register(f"{manager}._validate_one_request", door.refuse_embeddings, HookType.BEFORE)
+    HookRegistry.register(f"{manager}.generate_request", door.admit, HookType.BEFORE)
+    HookRegistry.register(f"{manager}._validate_one_request", door.check_prompt, HookType.BEFORE)
     HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
     scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin.score_request"
     HookRegistry.register(scores, door.refuse_scores, HookType.BEFORE)
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+
+
+def bound_stops() -> None:
+    """Stop expressions are read, and looked for in answers, with a bound."""
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host import stops
+
+    HookRegistry.register("sglang.srt.sampling.sampling_params.get_max_seq_length", stops.read, HookType.AROUND)
+    check = "sglang.srt.managers.schedule_batch.Req._check_str_based_finish"
+    HookRegistry.register(check, stops.within_time, HookType.AROUND)
+    schedule_batch.re = stops.SEARCH  # a hook of re.search would be one of everybody's
+
+
+def hook_profiles() -> None:
+    """A profile that cannot be recorded is an answer, and no end of the scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host import profiling
+
+    recorder = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
+    HookRegistry.register(f"{recorder}._profile", profiling.on_request, HookType.AROUND)
+    HookRegistry.register(f"{recorder}._profile_batch_predicate", profiling.on_step, HookType.AROUND)
+    control = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin._execute_profile"
+    HookRegistry.register(control, profiling.answer, HookType.AROUND)
+
+
+def widen_rows() -> None:
+    """Rows of req_to_token have room for a last block that ends behind the context length."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.arguments import room_behind
+
+    target = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
+    HookRegistry.register(target, room_behind, HookType.AFTER)
 
 
 def replace_parsers() -> None:

@@ -54,24 +54,46 @@ REFUSALS = (
 )
 
 
-def why_refused(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> str | None:
-    """The sentence that refuses a host request, or None if it is welcome."""
-    params = req.sampling_params
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request wants, read once when the host validates it.
+
+    Attributes:
+        params: how its blocks are decoded; without `shaping` and `report`, for which the host has more to do first: to
+            compile a grammar, and to settle where in the prompt log-probabilities begin.
+        ends: token ids that end a turn, as the host's own finish check sees them.
+        stop_ids: those that end this request, which may ignore them.
+        processor: its custom logit processor, or None.
+    """
+
+    params: DecodeConfig
+    ends: frozenset[int]
+    stop_ids: frozenset[int]
+    processor: Any
+
+
+def wishes_of(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> Wishes:
+    """What a host request wants, whose numbers were held against host/bounds.py.
+
+    Raises:
+        ConfigError: it asks for what is not done here, its prompt is no text, or custom_params or the custom logit
+            processor are bad.
+    """
     for refusal in REFUSALS:
-        if refusal.asks(req, params):
-            return refusal.sentence.format(r=req, p=params)
-    reason = no_text(req.origin_input_ids, vocabulary, facts)
-    if reason is not None:
-        return reason
-    try:
-        decode_params(req, defaults, vocabulary)
-    except ConfigError as error:
-        return str(error)
-    return None
+        if refusal.asks(req, req.sampling_params):
+            raise ConfigError(refusal.sentence.format(r=req, p=req.sampling_params))
+    if (reason := no_text(req.origin_input_ids, vocabulary, facts)) is not None:
+        raise ConfigError(reason)
+    processor, ends = processor_of(req), ends_of(req, vocabulary)
+    params = decode_params(req, defaults, lenient=processor is not None)
+    return Wishes(params, ends, frozenset() if req.sampling_params.ignore_eos else ends, processor)
 
 
 def no_text(ids: list[int], vocabulary: int, facts: CheckpointFacts) -> str | None:
-    """The sentence about the first id of a prompt that is no token of a text; None if all are."""
+    """The sentence about the first id of a prompt that is no token of a text; None if all are.
+
+    A tokenizer may have tokens that the model has no embedding for.
+    """
     own = {facts.mask_id: "the mask", facts.delete_id: "DELETE", facts.split_id: "SPLIT"}
     for position, token in enumerate(ids):
         if not 0 <= token < vocabulary:
@@ -81,18 +103,19 @@ def no_text(ids: list[int], vocabulary: int, facts: CheckpointFacts) -> str | No
     return None
 
 
-def decode_params(req: Any, defaults: DecodeConfig, vocabulary: int) -> DecodeConfig:
+def decode_params(req: Any, defaults: DecodeConfig, *, lenient: bool) -> DecodeConfig:
     """The server's decode parameters with what the request's custom_params say instead, and what else it wants.
 
-    ConfigError if custom_params are bad; the host checks its own parameters.
+    ConfigError if custom_params are bad.
+
+    Args:
+        lenient: whether keys that are not a decode's are a custom logit processor's.
     """
     params = req.sampling_params
     custom = {key: value for key, value in (params.custom_params or {}).items() if key not in HOST_PARAMS}
-    if processor_of(req) is not None:  # what we do not know is for it
+    if lenient:
         custom = {key: value for key, value in custom.items() if key in KEYS}
     decode = defaults.replaced(custom)
-    if req.return_logprob:
-        decode = replace(decode, report=report_of(req, vocabulary))
     if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
         decode = decode.from_left_to_right
     if params.top_k == TOP_K_GREEDY:
@@ -112,14 +135,11 @@ def processor_of(req: Any) -> Any:
         raise ConfigError(f"custom_logit_processor cannot be loaded: {error!r}") from None
 
 
-def report_of(req: Any, vocabulary: int) -> Report:
-    """The log-probabilities that a request wants; ConfigError if there are no such."""
+def report_of(req: Any) -> Report | None:
+    """The log-probabilities that a request wants, once the host has said from where on in its prompt; None: none."""
+    if not req.return_logprob:
+        return None
     top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len
-    if not 0 <= top < vocabulary:
-        raise ConfigError(f"top_logprobs_num is {top}; allowed: 0 to {vocabulary - 1}")
-    for token in ids:
-        if not 0 <= token < vocabulary:
-            raise ConfigError(f"token_ids_logprob holds {token}; allowed: 0 to {vocabulary - 1}")
     return Report(top, tuple(ids), ORIGINAL_LOGPROBS, start if 0 <= start < len(req.origin_input_ids) else None)
 
 
@@ -133,11 +153,13 @@ def signed(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def ends_of(req: Any) -> frozenset[int]:
-    """Token ids that end a request which does not ignore them, as the host's own finish check sees them."""
-    params = req.sampling_params
-    found = {*(params.stop_token_ids or ()), *(req.eos_token_ids or ())}
-    return ends_of_tokenizer(req.tokenizer) | found
+def ends_of(req: Any, vocabulary: int) -> frozenset[int]:
+    """Token ids that end a request which does not ignore them, as the host's own finish check sees them.
+
+    A checkpoint may name some that it has no logits for.
+    """
+    found = {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ())}
+    return frozenset(token for token in ends_of_tokenizer(req.tokenizer) | found if 0 <= token < vocabulary)
 
 
 @lru_cache(maxsize=4)

@@ -402,6 +402,16 @@ def page_size(args: Any) -> int:
     return block_size
 
 
+def room_behind(extra: int) -> int:
+    """Columns of req_to_token behind the context length, of which the host counts `extra`.
+
+    A page is taken whole, as one block: the last one ends behind a context length that is no multiple of it.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size
+
+    return max(extra, get_alloc_page_size() - 1)
+
+
 def architectures(model_path: str, revision: str | None) -> tuple[str, ...]:
     """What config.json says the model is; empty if there is none to read, which the host will report in its own way."""
     return tuple(config_of(model_path, revision).get("architectures") or ())

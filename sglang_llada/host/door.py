@@ -7,17 +7,15 @@ theirs would have failed anyway.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any
 
-import msgspec
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_llada.errors import ConfigError
+from sglang_llada.host import bounds
 from sglang_llada.host.arguments import is_ours
 
 NO_SCORES = (
@@ -45,30 +43,41 @@ def refuse_dropped(why: str | None, serving: Any, request: Any) -> str | None:
     return None
 
 
-def check_sampling(request: Any) -> None:
-    """Refuse sampling parameters of a kind that the host does not look at before it uses them.
-
-    Its HTTP server looks at most of them as it parses; its Engine takes any dictionary.
+def admit(manager: Any, obj: Any, request: Any = None) -> None:
+    """Before the host looks at a request at all: what it cannot mean, or should not carry, is refused.
 
     Raises:
-        ValueError: one of them is unknown, or not what its annotation says, or a stop_regex is none.
+        ValueError: see bounds.check(); or it is for embeddings, of which the host would say to start it with
+            --is-embedding.
     """
-    if request.return_step_maps:
-        request.sampling_params = with_step_maps(request.sampling_params, request.return_step_maps)
-    given = request.sampling_params or {}
-    for params in given if isinstance(given, list) else [given]:
-        for name, value in params.items():
-            if name not in kinds():
-                raise ValueError(f"sampling_params: unknown key {name!r}; allowed: {', '.join(kinds())}")
-            if value is None:  # the host's defaults
-                continue
-            try:
-                msgspec.convert(value, kinds()[name])
-                if name == "stop_regex":
-                    for pattern in [value] if isinstance(value, str) else value:
-                        re.compile(pattern)
-            except (msgspec.ValidationError, re.error) as error:
-                raise ValueError(f"{name} is {value!r}: {error}") from None
+    if not is_ours(manager.server_args):
+        return
+    if isinstance(obj, EmbeddingReqInput):
+        raise ValueError(NO_EMBEDDINGS)
+    sequences = math.inf if request is None else bounds.MOST_SEQUENCES
+    bounds.check(obj, bounds.Limits(manager.model_config.vocab_size, manager.context_len, sequences))
+    if manager.enable_metrics:
+        check_labels(obj.custom_labels or {}, manager.server_args.tokenizer_metrics_allowed_custom_labels or [])
+    if obj.return_step_maps:
+        obj.sampling_params = with_step_maps(obj.sampling_params, obj.return_step_maps)
+
+
+def check_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
+    """Before the host looks at one tokenized request; ValueError if it wants too much of its prompt."""
+    if is_ours(manager.server_args):
+        bounds.check_reported(obj, len(input_ids or ()))
+
+
+def check_labels(labels: dict[str, str], allowed: list[str]) -> None:
+    """Refuse labels that the server's metrics do not have: the host would end when it counts the answer.
+
+    Raises:
+        ValueError: names one.
+    """
+    for name in labels:
+        if name not in allowed:
+            known = ", ".join(allowed) or "none; --tokenizer-metrics-allowed-custom-labels names them"
+            raise ValueError(f"custom_labels has {bounds.shown(name)}; allowed: {known}")
 
 
 def with_step_maps(sampling_params: Any, wanted: Any) -> Any:
@@ -98,12 +107,6 @@ def refuse_scores(manager: Any, *args: Any, **kwargs: Any) -> None:
     """Before the host scores prompts, which every score, rank and decision comes to."""
     if is_ours(manager.server_args):
         raise ValueError(NO_SCORES)
-
-
-def refuse_embeddings(manager: Any, request: Any, *args: Any) -> None:
-    """Before the host looks at a tokenized request; it would say to start it with --is-embedding."""
-    if isinstance(request, EmbeddingReqInput) and is_ours(manager.server_args):
-        raise ValueError(NO_EMBEDDINGS)
 
 
 def refuse_tensors(
@@ -140,9 +143,3 @@ def keep_weights(
     if not success:
         updater.model_config.model_path = before
     return success, message
-
-
-@lru_cache
-def kinds() -> dict[str, Any]:
-    """The type of each sampling parameter."""
-    return get_type_hints(SamplingParams) | {"logit_bias": dict[str | int, float], "watermark": Any}

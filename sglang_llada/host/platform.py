@@ -58,6 +58,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return on_cpu((methods.QUANTIZATION_METHODS | methods.CPU_QUANTIZATION_METHODS)[quantization])
 
+    def get_torch_profiler_activity_str(self) -> str:
+        """What a profile records here."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        """The same, as torch has it."""
+        import torch
+
+        return torch.profiler.ProfilerActivity.CPU
+
     def init_backend(self) -> None:
         """Register our attention backend, and DP attention's plain copies; called in each worker."""
         import torch

@@ -64,13 +64,14 @@ from sglang_llada.blocks import (
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import ConfigError, IntegrityError
-from sglang_llada.host.admission import decode_params, ends_of, ends_of_tokenizer, why_refused
+from sglang_llada.host.admission import ends_of_tokenizer, report_of, wishes_of
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
 from sglang_llada.host.failures import Failures, reason_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
+from sglang_llada.host.stops import MOST_TAIL
 from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs, snapshot_of
 
 logger = logging.getLogger(__name__)
@@ -337,11 +338,17 @@ class LladaScheduler(Scheduler):
             self._answer_failed(recv_req, reason_of(recv_req.rid, error))
 
     def validate_dllm_request(self, req: Any) -> str | None:
-        """The host's door: the sentence that refuses the request, or None."""
+        """The host's door: the sentence that refuses the request, or None; what it wants is read here, once."""
         waiting = (*self.waiting_queue, *self.grammar_manager.grammar_queue)
         if self.table.get(req.rid) is not None or any(other.rid == req.rid for other in waiting):
             return f"rid is {req.rid!r}, which is that of a request that is not done; allowed: another one"
-        return why_refused(req, self.defaults, self.model_config.vocab_size, self.facts)
+        try:
+            req.wishes = wishes_of(req, self.defaults, self.model_config.vocab_size, self.facts)
+        except ConfigError as error:
+            return str(error)
+        params = req.sampling_params  # the whole answer, searched after every step, is quadratic work
+        params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TAIL)
+        return None
 
     def _admit_waiting(self) -> None:
         """Stage: let waiting requests in, in the order of the host's policy, as far as KV and request slots go."""
@@ -459,23 +466,20 @@ class LladaScheduler(Scheduler):
         return request
 
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
-        vocabulary, never = self.model_config.vocab_size, self.facts.own_tokens
-        params = decode_params(req, self.defaults, vocabulary)
-        ends = ends_of(req)
-        if (shaping := shaping_of(req, ends, vocabulary, never)) is not None:
-            params = replace(params, shaping=shaping)
-        stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
+        wishes = req.wishes
+        shaping = shaping_of(req, wishes, self.model_config.vocab_size, self.facts.own_tokens)
+        params = replace(wishes.params, shaping=shaping, report=report_of(req))
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
             max_new_tokens=req.sampling_params.max_new_tokens,
-            stop_ids=stop_ids,
+            stop_ids=wishes.stop_ids,
             params=params,
             fresh=self.fresh,
             numbers=numbers(params),
             plain=params.plain,
             noted=params.noted,
-            rare_stops=not stop_ids <= self.usual_stops,
+            rare_stops=not wishes.stop_ids <= self.usual_stops,
             prefixes=prefixes(req.origin_input_ids, self.facts.block_size, cache_key(req)),
             rules=Rules(
                 edits=params.edits,

@@ -76,6 +76,8 @@ COMPACT_TAGS = "the host bounds numbers of calls, and white space inside structu
 MANY_TOKENS = "the host's detectors take pieces of many tokens"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
+PROFILES = "the host goes on after a profile that fails"
+BOUNDED = "the host bounds every field of a request before it uses it"
 ENGINE_GENERATE = (
     "(self, prompt, sampling_params, input_ids, image_data, audio_data, video_data, mm_hashes, "
     "mm_content_hashes, return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, "
@@ -147,8 +149,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._validate_request",
          Kind.HOOK, "(self, request)",
          "refuses what the host drops", "the host refuses or honours best_of and suffix"),
-    Seam("sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments", Kind.HOOK, "(self)",
-         "refuses parameters of the wrong kind", "the host checks the kinds of sampling parameters"),
     Seam("sglang.srt.managers.io_struct:GenerateReqInput", Kind.REPLACE, CLASS,
          "takes return_step_maps", STEP_MAPS_API),
     Seam("sglang.srt.entrypoints.engine:Engine.generate", Kind.HOOK, ENGINE_GENERATE,
@@ -157,9 +157,18 @@ SEAMS: tuple[Seam, ...] = (
          "takes return_step_maps", STEP_MAPS_API),
     Seam("sglang.srt.managers.io_struct:EmbeddingReqInput", Kind.USE, CLASS,
          "refused", OWN_MODEL),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+         Kind.HOOK, "async (self, obj, request)",
+         "refuses what no request may carry, and embeddings", BOUNDED),
     Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
          Kind.HOOK, "(self, obj, input_ids)",
-         "refuses embeddings", OWN_MODEL),
+         "refuses more log-probabilities of a prompt than others can wait for", BOUNDED),
+    *fields("sglang.srt.managers.tokenizer_manager:TokenizerManager", "model_config context_len enable_metrics",
+            "the vocabulary, the context length and metrics, which bound requests", BOUNDED),
+    Seam("sglang.srt.arg_groups.fields.observability:Observability.tokenizer_metrics_allowed_custom_labels", Kind.USE,
+         VALUE, "labels that metrics have", BOUNDED),
+    *fields("sglang.srt.sampling.sampling_params", "MAX_STOP_COUNT MAX_STOP_REGEX_COUNT MAX_STOP_REGEX_LEN",
+            "the host's own bounds", BOUNDED),
     Seam("sglang.srt.managers.tokenizer_manager_score_mixin:TokenizerManagerScoreMixin.score_request",
          Kind.HOOK, "async (self, query, items, label_token_ids, apply_softmax, item_first, embed_override_token_id, "
          "query_embed_overrides, item_embed_overrides, stacked_query_item_embed_overrides, request, "
@@ -185,7 +194,33 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater.model_config", Kind.USE, VALUE,
          "which checkpoint that was", "the host rolls back to the checkpoint before"),
     Seam("sglang.srt.sampling.sampling_params:SamplingParams", Kind.USE, CLASS,
-         "of which kind parameters are", "the host checks the kinds of sampling parameters"),
+         "of which kind custom_params are", BOUNDED),
+    Seam("sglang.srt.mem_cache.allocation_sizing:get_req_to_token_extra_context_len", Kind.HOOK, "()",
+         "room for a last page that ends behind the context length", ROW_PLANS),
+    Seam("sglang.srt.mem_cache.allocation_sizing:get_alloc_page_size", Kind.USE, "()",
+         "room for a last page that ends behind the context length", ROW_PLANS),
+    # Stop expressions
+    Seam("sglang.srt.sampling.sampling_params:get_max_seq_length", Kind.HOOK, "(regex_str)",
+         "reads a stop_regex, and fails in ways of its parser", BOUNDED),
+    Seam("sglang.srt.sampling.sampling_params:MAX_LEN", Kind.USE, VALUE,
+         "what it says of a stop_regex without a longest match", BOUNDED),
+    Seam("sglang.srt.managers.schedule_batch:re", Kind.REPLACE, VALUE,
+         "looks for stop expressions on the scheduler's thread, for as long as that takes", BOUNDED),
+    Seam("sglang.srt.managers.schedule_batch:Req._check_str_based_finish", Kind.HOOK, "(self, new_accepted_len)",
+         "says how long that may take for a request in a step", BOUNDED),
+    # Profiles
+    Seam("sglang.srt.managers.scheduler_components.profiler_manager:SchedulerProfilerManager._profile", Kind.HOOK,
+         "(self, recv_req)", "starts and ends a recording that somebody asks for", PROFILES),
+    *fields("sglang.srt.managers.scheduler_components.profiler_manager:SchedulerProfilerManager",
+            "torch_profiler rpd_profiler profile_in_progress profile_by_stage profiler_start_forward_ct "
+            "profiler_target_forward_ct", "a recording that failed is forgotten", PROFILES),
+    Seam("sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin._execute_profile", Kind.HOOK,
+         "async (self, req)", "ends in an error of the server's where there is no profile", PROFILES),
+    *fields("sglang.srt.managers.io_struct:ProfileReq", "req_type activities num_steps profile_by_stage",
+            "what is to be recorded", PROFILES),
+    Seam("sglang.srt.managers.io_struct:ProfileReqType.START_PROFILE", Kind.USE, VALUE,
+         "what is asked of a recording", PROFILES),
+    Seam("sglang.srt.managers.io_struct:ProfileReqOutput", Kind.USE, CLASS, "why there is none", PROFILES),
     # Tool calls and thinking in streams
     Seam("sglang.srt.function_call.function_call_parser:FunctionCallParser", Kind.REPLACE, CLASS,
          "our parser of tool calls is a subclass in its place", MANY_TOKENS),
@@ -345,7 +380,7 @@ SEAMS: tuple[Seam, ...] = (
          Kind.USE, VALUE,
          "raised after a retraction", OWN_SCHEDULER),
     Seam("sglang.srt.managers.scheduler_components.profiler_manager:SchedulerProfilerManager._profile_batch_predicate",
-         Kind.USE, "(self, batch)",
+         Kind.HOOK, "(self, batch)",
          "starts and stops profiles by step", OWN_SCHEDULER),
     Seam("sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter.report_decode_stats",
          Kind.USE, "(self, can_run_cuda_graph, running_batch, num_generated_tokens)",
@@ -969,7 +1004,7 @@ def find(scope: ast.AST, names: list[str], known: Scopes | None = None) -> ast.A
 
 
 def bindings(scope: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """What a module or class binds: definitions and assignments, also inside if and try, and self.NAME of methods."""
+    """What a module or class binds: definitions, assignments, imports, also inside if and try; self.NAME of methods."""
     for node in ast.iter_child_nodes(scope):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node, node.name
@@ -979,6 +1014,9 @@ def bindings(scope: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name):
                     yield node, target.id
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.asname or alias.name.partition(".")[0]
         elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             yield from bindings(node)
 

@@ -17,7 +17,7 @@ from sglang_llada.decode import shaping
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Shape
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.admission import processor_of
+from sglang_llada.host.admission import Wishes
 from sglang_llada.host.grammar import Matcher
 
 NO_PENALTIES = (1.0, 0.0, 0.0)
@@ -100,23 +100,24 @@ class Shaping:
         return shaping.counted(to_device(used, logits.device), to_device(own, logits.device), logits.shape[-1])
 
 
-def shaping_of(req: Any, ends: frozenset[int], vocabulary: int, never: frozenset[int]) -> Shaping | None:
-    """The wishes of a host request; None if it has none.
+def shaping_of(req: Any, wishes: Wishes, vocabulary: int, never: frozenset[int]) -> Shaping | None:
+    """What a host request does to its logits; None if nothing.
 
     Args:
-        ends: token ids that end it, also where it ignores them.
         never: the model's own tokens, which no structured output has.
     """
-    p, processor = req.sampling_params, processor_of(req)
+    p = req.sampling_params
     penalties = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
-    if penalties == NO_PENALTIES and not any((p.logit_bias, p.min_new_tokens, processor, req.grammar is not None)):
+    if penalties == NO_PENALTIES and not any(
+        (p.logit_bias, p.min_new_tokens, wishes.processor, req.grammar is not None)
+    ):
         return None
     return Shaping(
         penalties=penalties,
         bias={int(token): value for token, value in (p.logit_bias or {}).items()},
         min_new_tokens=p.min_new_tokens,
-        ends=sorted(token for token in ends if token < vocabulary),
-        processor=processor,
+        ends=sorted(wishes.ends),
+        processor=wishes.processor,
         params={**(p.custom_params or {}), "__req__": req},
         matcher=None if req.grammar is None else Matcher(req.grammar, vocabulary, never),
     )

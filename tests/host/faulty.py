@@ -22,7 +22,7 @@ GRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar"
 # In the order of a request's life.
 STAGES = {
     "handle": "sglang.srt.managers.scheduler.Scheduler._handle_generate_request",
-    "why_refused": "sglang_llada.host.scheduler.why_refused",
+    "wishes": "sglang_llada.host.scheduler.wishes_of",
     "new": f"{SCHEDULER}._new_request",
     "being filled": f"{SCHEDULER}._is_being_filled",
     "fits": f"{SCHEDULER}._fits",

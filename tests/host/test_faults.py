@@ -71,7 +71,7 @@ def test_one_request_fails_and_those_beside_it_are_exact(faulty: Server, cases: 
     wrong = {stage: what for stage, what in said.items() if what[0] != (200 if stage in AFTER_THE_END else 500)}
     assert not wrong, wrong
     assert all("planted in" in said[stage][1] for stage in stages if stage not in (*AFTER_THE_END, LEFT))
-    # handle and why_refused come before there is anything to end.
+    # handle and wishes come before there is anything to end.
     assert faulty.metric("sglang:llada_failed_requests_total") >= len(stages) - 7
     faulty.flush()  # which only an idle server can, and the host checks its pools before
     assert faulty.load()["num_used_tokens"] == 0

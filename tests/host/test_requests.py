@@ -127,7 +127,7 @@ def test_log_probabilities_through_the_openai_endpoints(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"top_logprobs_num": 400}, "top_logprobs_num is 400; allowed: 0 to 399"), ({"token_ids_logprob": [-1]}, "-1")],
+    [({"top_logprobs_num": 400}, "top_logprobs_num is 400; allowed: 0 to 128"), ({"token_ids_logprob": [-1]}, "-1")],
 )
 def test_log_probabilities_that_do_not_exist_are_refused(server: Server, options: dict[str, Any], said: str) -> None:
     body = {"text": "a", "return_logprob": True, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
