@@ -1,0 +1,345 @@
+"""A server under hostile requests and good load at once: `python -m bench.abuse [--minutes 2] [--seed 0] [--tp 2]`.
+
+A few good clients stream answers that are known beforehand, all the time (bench/good.py). Beside them phases without
+and with hostile requests (bench/hostile.py) take turns, so that what those do to the pace of the good answers shows
+whatever else the machine does. In the end nothing may have died, hung, changed or leaked: what did is listed, and the
+exit status is 1. Tables by kind of hostile request and by phase, then one JSON record. A server at --url has to serve
+the small checkpoint, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from transformers import PreTrainedTokenizerFast
+
+from bench.good import Answer, good_load
+from bench.hostile import AT_HOME, KINDS, Facts
+from bench.load import Ask
+from bench.records import ROOT, new_record
+from bench.serve import quantile
+from bench.shots import CUT, HUNG, REFUSED, Shot, fire
+from sglang_llada.llada2.checkpoint import read_config, read_facts
+from tests.host.conftest import Case, decoded, held_out_questions
+from tests.host.serving import launch, ready, stop, tail
+
+CHECKPOINT = ROOT / "examples" / "tiny-llada2"
+FLAGS = ("--enable-metrics", "--enable-custom-logit-processor")
+QUIET, HOSTILE = "quiet", "hostile"
+PHASE_SECONDS, SETTLE_SECONDS = 10.0, 1.0
+QUESTIONS, NEW_TOKENS, CLIENTS = 48, 64, 4
+SLOWER = 1.5  # times as long as without hostile requests good clients may wait for a chunk, at the 99th percentile
+LAST, EXAMPLES = 12, 3  # shots that are named: the last ones before a death, and those of one kind with one fault
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A phase, in seconds on the clock of all processes."""
+
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened.
+
+    Attributes:
+        kinds: of each hostile kind how many shots came to what.
+        pace: milliseconds of the good clients, by phase and figure.
+        counts: good answers, and of those how many were exact, close calls or wrong.
+        wrong: what must not be; empty if all is well.
+    """
+
+    kinds: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    pace: dict[str, dict[str, float]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables and the record; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = {"metavar": "KIND,KIND", "type": lambda text: text.split(",")}
+    parser.add_argument("--minutes", type=float, default=2.0, help="of load, half of them hostile")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=3.0, help="hostile clients a second")
+    parser.add_argument("--tp", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--url", help="a server that runs already; without the kinds " + ", ".join(AT_HOME))
+    parser.add_argument("--only", **names, default=list(KINDS), help=", ".join(KINDS))
+    parser.add_argument("--without", **names, default=[])
+    parser.add_argument("--log", type=Path, help="a file for every shot as it is sent, as lines of JSON")
+    parser.add_argument("--server-log", type=Path, help="a file for what the server says")
+    args = parser.parse_args(argv)
+    without = {*args.without, *(AT_HOME if args.url else ())}
+    if unknown := {*args.only, *args.without} - KINDS.keys():
+        parser.error(f"no kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    kinds = [kind for kind in args.only if kind not in without]
+    plan = Plan(kinds, args.minutes, args.seed, args.rate)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving_or(args.url, args.server_log, Path(folder), args.tp) as server,
+    ):
+        report = run(server, plan, Path(folder), args.log)
+    show(report)
+    figures = {"kinds": report.kinds, "good": report.pace, "answers": report.counts, "wrong": report.wrong}
+    print(json.dumps({**new_record(), "seed": args.seed, "minutes": args.minutes, **figures}))
+    return 1 if report.wrong else 0
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which kinds of hostile clients, for how many minutes of phases, from which seed, and how many a second."""
+
+    kinds: Sequence[str]
+    minutes: float
+    seed: int = 0
+    rate: float = 3.0
+
+    @property
+    def rounds(self) -> int:
+        """Pairs of phases."""
+        return max(1, round(self.minutes * 60 / PHASE_SECONDS / 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server; with its process and its log if it is ours."""
+
+    url: str
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        parts = urlsplit(self.url)
+        return parts.hostname or "127.0.0.1", parts.port or 80
+
+    @property
+    def dead(self) -> bool:
+        """Whether it has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+
+@contextmanager
+def serving_or(url: str | None, log: Path | None, folder: Path, tp: int) -> Iterator[Target]:
+    """The server at an address, or one of our own, which may end before the block does."""
+    if url is not None:
+        yield Target(url)
+        return
+    log = log or folder / "server"
+    process, url = launch(CHECKPOINT, log, *FLAGS, "--tp-size", str(tp), module="bench.faulty_server")
+    try:
+        ready(process, url, log)
+        yield Target(url, process, log)
+    finally:
+        stop(process)
+
+
+def run(target: Target, plan: Plan, folder: Path, log: Path | None = None) -> Report:
+    """Load in phases, then the checks."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
+    chats = [messages for messages, _ in held_out_questions(QUESTIONS)]
+    prompts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for chat in chats
+    ]
+    cases = decoded(prompts, NEW_TOKENS, CHECKPOINT)
+    facts = Facts(
+        CHECKPOINT, read_facts(CHECKPOINT).vocab_size, read_config(CHECKPOINT).max_position_embeddings, folder
+    )
+    report = Report()
+    with good_load(target.url, [Ask(case.prompt, NEW_TOKENS) for case in cases], CLIENTS) as good:
+        windows = asyncio.run(Abuse(target, plan, facts, report, log).phases())
+        answers = good.end()
+    judge(answers, cases, report)
+    pace(answers, windows, report)
+    if not target.dead:
+        check_idle(target, report)
+    return report
+
+
+class Abuse:
+    """The phases of a run, and the hostile clients of some of them.
+
+    Attributes:
+        recent: the last shots, with when they were sent and of which kind they are.
+    """
+
+    def __init__(self, target: Target, plan: Plan, facts: Facts, report: Report, log: Path | None) -> None:
+        self.target, self.plan, self.facts, self.report, self.log = target, plan, facts, report, log
+        self.rng = random.Random(plan.seed)
+        self.recent: deque[tuple[float, str, Shot]] = deque(maxlen=LAST)
+        self.examples: Counter[tuple[str, str]] = Counter()
+
+    async def phases(self) -> list[Window]:
+        """All of them in turn, or fewer if the server dies or hangs; when each was."""
+        windows: list[Window] = []
+        await asyncio.sleep(2 * SETTLE_SECONDS)
+        for i in range(self.plan.rounds):
+            for name in (QUIET, HOSTILE):
+                progress(f"{i + 1} of {self.plan.rounds}, {name}", self.report)
+                await asyncio.sleep(SETTLE_SECONDS)
+                begin = time.perf_counter()
+                sent = await self._attack() if name == HOSTILE else await asyncio.sleep(PHASE_SECONDS, [])
+                windows.append(Window(name, begin, time.perf_counter()))
+                await asyncio.gather(*sent)
+                if self.target.dead:
+                    self.report.wrong.append(self._last_words())
+                if self.report.wrong:
+                    return windows
+        return windows
+
+    async def _attack(self) -> list[asyncio.Task[None]]:
+        """Send for the length of a phase; the shots may go on after it."""
+        sent = []
+        end = time.perf_counter() + PHASE_SECONDS
+        while time.perf_counter() < end and not self.target.dead:
+            kind = self.rng.choice(self.plan.kinds)
+            for shot in KINDS[kind](self.rng, self.facts):
+                sent.append(asyncio.create_task(self._fire(kind, shot)))
+            await asyncio.sleep(self.rng.expovariate(self.plan.rate))
+        return sent
+
+    async def _fire(self, kind: str, shot: Shot) -> None:
+        self.recent.append((time.perf_counter(), kind, shot))
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time.time(), "kind": kind, "shot": shot.text}) + "\n")
+        await fire(self.target.address, shot, lambda shot, outcome: self._note(kind, shot, outcome))
+
+    def _note(self, kind: str, shot: Shot, outcome: str) -> None:
+        """Count what came of a shot; a wrong outcome is reported unless the server's death explains it."""
+        self.report.kinds[kind][outcome] += 1
+        bad = outcome != str(shot.expected) if shot.expected else outcome[0] == "5" or outcome in (HUNG, CUT, REFUSED)
+        if bad and not self.target.dead:
+            self.examples[kind, outcome] += 1
+            if self.examples[kind, outcome] <= EXAMPLES:
+                self.report.wrong.append(f"{kind}: {outcome} for {shot.text}")
+
+    def _last_words(self) -> str:
+        assert self.target.process is not None and self.target.log is not None
+        now = time.perf_counter()
+        shots = [f"  {now - at:.1f} s ago, {kind}: {shot.text}" for at, kind, shot in self.recent]
+        status, said = self.target.process.returncode, tail(self.target.log)
+        return "\n".join([f"the server died with {status}; the last shots were", *shots, "and it said", said])
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def judge(answers: Sequence[Answer], cases: Sequence[Case], report: Report) -> None:
+    """Each good answer against the reference's; where that was too near to call, either is right."""
+    for answer in answers:
+        case, reply = cases[answer.number], answer.reply
+        if reply is None:
+            found = "none"
+        elif case.close_call:
+            found = "close call"
+        else:
+            same = (reply.token_ids, reply.meta["finish_reason"]["type"]) == (case.want.token_ids, case.want.finish)
+            found = "exact" if same else "wrong"
+        report.counts[found] += 1
+        if found in ("none", "wrong") and report.counts[found] <= EXAMPLES:
+            what = answer.error if reply is None else f"{reply.token_ids} instead of {case.want.token_ids}"
+            report.wrong.append(f"good answer {found}: {what}")
+    if not report.counts["exact"]:
+        report.wrong.append("no good answer is exact")
+
+
+def pace(answers: Sequence[Answer], windows: Sequence[Window], report: Report) -> None:
+    """What good clients waited for, in the phases of each name."""
+    replies = [answer.reply for answer in answers if answer.reply is not None and answer.reply.events]
+    for name in (QUIET, HOSTILE):
+        spans = [(window.begin, window.end) for window in windows if window.name == name]
+        inside = [(begin, end, r) for begin, end in spans for r in replies]
+        gaps = [
+            later - earlier
+            for begin, end, r in inside
+            for (earlier, _), (later, _) in zip(r.events, r.events[1:], strict=False)
+            if begin <= earlier and later <= end
+        ]
+        firsts = [r.first for begin, end, r in inside if begin <= r.sent and r.events[0][0] <= end]
+        if not gaps or not firsts:
+            report.wrong.append(f"no good answer came in {name} phases")
+            return
+        gaps, firsts = sorted(gaps), sorted(firsts)
+        report.pace[name] = {
+            "gap p50": 1e3 * quantile(gaps, 0.5),
+            "gap p99": 1e3 * quantile(gaps, 0.99),
+            "gap most": 1e3 * gaps[-1],
+            "TTFT p50": 1e3 * quantile(firsts, 0.5),
+            "TTFT p99": 1e3 * quantile(firsts, 0.99),
+            "answers/s": len(firsts) / sum(end - begin for begin, end in spans),
+        }
+    slower = report.pace[HOSTILE]["gap p99"] / report.pace[QUIET]["gap p99"]
+    if slower > SLOWER:
+        report.wrong.append(f"good gaps are {slower:.2f} times as long at p99 beside hostile load; allowed: {SLOWER}")
+
+
+def check_idle(target: Target, report: Report) -> None:
+    """Nothing is left of the load, and the server goes on."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            load = requests.get(target.url + "/v1/loads", timeout=20).json()["loads"][0]
+            left = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")}
+            left |= {f"queue {name}": count for name, count in load["queues"].items()}
+            flushed = requests.post(target.url + "/flush_cache", timeout=20)
+            well = requests.get(target.url + "/health_generate", timeout=60)
+        except requests.RequestException as error:
+            report.wrong.append(f"after the load: {error!r}")
+            return
+        if well.ok and flushed.ok and not any(left.values()):
+            return
+        if time.monotonic() > deadline:
+            said = f"{left}, /flush_cache says {flushed.text[:200]!r}, /health_generate {well.status_code}"
+            report.wrong.append(f"after the load: {said}")
+            return
+        time.sleep(0.5)
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
+def progress(at: str, report: Report) -> None:
+    """One line that is written over, if somebody looks."""
+    if sys.stderr.isatty():
+        shots = sum(sum(outcomes.values()) for outcomes in report.kinds.values())
+        print(f"\r{at}: {shots} hostile requests so far", end="", file=sys.stderr, flush=True)
+
+
+def show(report: Report) -> None:
+    """The tables, and what is wrong."""
+    print(f"\n{'hostile kind':<16}{'sent':>6}  came to")
+    for kind, outcomes in sorted(report.kinds.items()):
+        print(f"{kind:<16}{sum(outcomes.values()):>6}  {', '.join(f'{o} {n}' for o, n in sorted(outcomes.items()))}")
+    print(f"\n{'good, ms':<12}" + "".join(f"{name:>12}" for name in report.pace))
+    for figure in next(iter(report.pace.values()), {}):
+        print(f"{figure:<12}" + "".join(f"{phase[figure]:>12.1f}" for phase in report.pace.values()))
+    print("good answers:", ", ".join(f"{count} {what}" for what, count in sorted(report.counts.items())))
+    for what in report.wrong:
+        print(f"\nWRONG: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
