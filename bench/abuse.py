@@ -43,7 +43,7 @@ QUIET, HOSTILE = "quiet", "hostile"
 PHASE_SECONDS, SETTLE_SECONDS = 10.0, 1.0
 QUESTIONS, NEW_TOKENS, CLIENTS = 48, 64, 4
 SLOWER = 1.5  # times as long as without hostile requests good clients may wait for a chunk, at the 99th percentile
-LAST, EXAMPLES = 12, 3  # shots that are named: the last ones before a death, and those of one kind with one fault
+KEPT, LAST, EXAMPLES = 500, 12, 3  # shots: remembered; named before a death; named of one kind with one fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +183,13 @@ class Abuse:
 
     Attributes:
         recent: the last shots, with when they were sent and of which kind they are.
+        examples: how many shots of a kind were reported for an outcome.
     """
 
     def __init__(self, target: Target, plan: Plan, facts: Facts, report: Report, log: Path | None) -> None:
         self.target, self.plan, self.facts, self.report, self.log = target, plan, facts, report, log
         self.rng = random.Random(plan.seed)
-        self.recent: deque[tuple[float, str, Shot]] = deque(maxlen=LAST)
+        self.recent: deque[tuple[float, str, Shot]] = deque(maxlen=KEPT)
         self.examples: Counter[tuple[str, str]] = Counter()
 
     async def phases(self) -> list[Window]:
@@ -205,7 +206,7 @@ class Abuse:
                 await asyncio.gather(*sent)
                 if self.target.dead:
                     self.report.wrong.append(self._last_words())
-                if self.report.wrong:
+                if self.target.dead or any(outcomes[HUNG] for outcomes in self.report.kinds.values()):
                     return windows
         return windows
 
@@ -221,27 +222,34 @@ class Abuse:
         return sent
 
     async def _fire(self, kind: str, shot: Shot) -> None:
-        self.recent.append((time.perf_counter(), kind, shot))
+        at = time.perf_counter()
+        self.recent.append((at, kind, shot))
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.time(), "kind": kind, "shot": shot.text}) + "\n")
-        await fire(self.target.address, shot, lambda shot, outcome: self._note(kind, shot, outcome))
+        await fire(self.target.address, shot, lambda shot, outcome: self._note(at, kind, shot, outcome))
 
-    def _note(self, kind: str, shot: Shot, outcome: str) -> None:
+    def _note(self, at: float, kind: str, shot: Shot, outcome: str) -> None:
         """Count what came of a shot; a wrong outcome is reported unless the server's death explains it."""
         self.report.kinds[kind][outcome] += 1
         bad = outcome != str(shot.expected) if shot.expected else outcome[0] == "5" or outcome in (HUNG, CUT, REFUSED)
-        if bad and not self.target.dead:
-            self.examples[kind, outcome] += 1
-            if self.examples[kind, outcome] <= EXAMPLES:
-                self.report.wrong.append(f"{kind}: {outcome} for {shot.text}")
+        if not bad or self.target.dead:
+            return
+        self.examples[kind, outcome] += 1
+        if outcome == HUNG and self.examples.total() == 1:  # whoever is to blame came before it
+            self.report.wrong.append(f"the server hung\n{self._sent_before(at)}")
+        if self.examples[kind, outcome] <= EXAMPLES:
+            self.report.wrong.append(f"{kind}: {outcome} for {shot.text}")
 
     def _last_words(self) -> str:
         assert self.target.process is not None and self.target.log is not None
-        now = time.perf_counter()
-        shots = [f"  {now - at:.1f} s ago, {kind}: {shot.text}" for at, kind, shot in self.recent]
         status, said = self.target.process.returncode, tail(self.target.log)
-        return "\n".join([f"the server died with {status}; the last shots were", *shots, "and it said", said])
+        return f"the server died with {status}\n{self._sent_before(time.perf_counter())}\nand it said\n{said}"
+
+    def _sent_before(self, moment: float) -> str:
+        shots = [each for each in self.recent if each[0] <= moment][-LAST:]
+        lines = [f"  {moment - at:.1f} s earlier, {kind}: {shot.text}" for at, kind, shot in shots]
+        return "\n".join(["the last shots until then were", *lines])
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -260,8 +268,8 @@ def judge(answers: Sequence[Answer], cases: Sequence[Case], report: Report) -> N
             found = "exact" if same else "wrong"
         report.counts[found] += 1
         if found in ("none", "wrong") and report.counts[found] <= EXAMPLES:
-            what = answer.error if reply is None else f"{reply.token_ids} instead of {case.want.token_ids}"
-            report.wrong.append(f"good answer {found}: {what}")
+            what = answer.error if reply is None else f"{reply.token_ids}, {reply.meta['finish_reason']}"
+            report.wrong.append(f"good answer {found}: {what}; the reference has {case.want.token_ids}")
     if not report.counts["exact"]:
         report.wrong.append("no good answer is exact")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HANG_SECONDS = 60.0  # an answer that takes longer does not come
+SHOWN = 400  # characters at either end of a body
 LEFT, HUNG, CUT, REFUSED = "left", "hung", "cut", "refused"
 # Of an event of a stream, or of an answer that says so inside: the status that it stands for.
 INSIDE = re.compile(rb'"(?:status_)?code": ?(5\d\d)')
@@ -42,8 +43,12 @@ class Shot:
 
     @property
     def text(self) -> str:
-        """The beginning, to send again by hand."""
-        return self.data[:1500].decode(errors="backslashreplace")
+        """What it takes to send it again by hand: the first line and the body, without the middle of a long one."""
+        head, _, body = self.data.partition(b"\r\n\r\n")
+        line, shown = head.split(b" HTTP/1.1")[0], body
+        if len(body) > 2 * SHOWN:
+            shown = body[:SHOWN] + f" ... {len(body)} bytes ... ".encode() + body[-SHOWN:]
+        return (line[:SHOWN] + b" " + shown).decode(errors="backslashreplace")
 
 
 Fired = Callable[[Shot, str], None]
