@@ -147,12 +147,33 @@ def bodies(rng: random.Random, facts: Facts) -> list[Shot]:
 def prompts(rng: random.Random, facts: Facts) -> list[Shot]:
     """Far too long, empty, or of tokens that there are not."""
     vocabulary, context = facts.vocabulary, facts.context
-    texts = ["", " ", "a" * 10 * context, "é\0\ud800", "<|mask|>" * 100, "\n" * 50_000, ["a"] * 100, [], [""]]
+    texts: list[Any] = [
+        "",
+        " ",
+        "a" * 10 * context,
+        "é\0\ud800",
+        "<|mask|>" * 100,
+        "\n" * 50_000,
+        ["a"] * 100,
+        [],
+        [""],
+    ]
     edge = rng.choice([context - 1, context, context + 1])
-    ids = [[], [vocabulary], [-1], [2**63 - 1], [2**63], [70.5], ["70"], [[70], []], [70] * edge, MILLION, [2] * 40]
-    kind, choices = rng.choice([("text", texts), ("input_ids", ids)])
-    sampling = {"max_new_tokens": rng.choice([0, 1, 8])}
-    body = {kind: rng.choice(choices), "sampling_params": sampling, "stream": rng.random() < 0.5}
+    ids: list[Any] = [
+        [],
+        [vocabulary],
+        [-1],
+        [2**63 - 1],
+        [2**63],
+        [70.5],
+        ["70"],
+        [[70], []],
+        [70] * edge,
+        MILLION,
+        [2] * 40,
+    ]
+    given = {"text": rng.choice(texts)} if rng.random() < 0.5 else {"input_ids": rng.choice(ids)}
+    body = {**given, "sampling_params": {"max_new_tokens": rng.choice([0, 1, 8])}, "stream": rng.random() < 0.5}
     return [ask("/generate", body, leave=LONG)]
 
 

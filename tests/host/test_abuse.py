@@ -1,4 +1,4 @@
-"""Hostile requests of every kind beside good load: nothing dies, hangs, leaks or changes, and good answers keep pace."""
+"""Hostile requests of every kind beside good load: nothing dies, hangs or leaks, good answers come as ever."""
 
 from __future__ import annotations
 
