@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-
 from bench.faulty_server import planted
+from bench.processors import PROCESSORS
 from bench.shots import DEEP, MILLION, Shot, ask, dumps, http
 from tests.host.grammars import GRAMMARS, record
 from tests.host.test_any_options import OUTSIDE, SAMPLING
@@ -262,42 +260,6 @@ def profiles(rng: random.Random, facts: Facts) -> list[Shot]:
 
 
 # --- requests that bring work of their own ----------------------------------------------------------------------------
-
-
-class Raises(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        raise ZeroDivisionError("of the user")
-
-
-class Shrinks(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        return logits[:, :5]
-
-
-class Nothing(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> Any:
-        return None
-
-
-class Nan(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        return logits * float("nan")
-
-
-class Forbids(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        return torch.full_like(logits, float("-inf"))
-
-
-class Sleeps(CustomLogitProcessor):
-    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        import time
-
-        time.sleep(0.05)
-        return logits
-
-
-PROCESSORS = (Raises, Shrinks, Nothing, Nan, Forbids, Sleeps)
 
 
 def processors(rng: random.Random, facts: Facts) -> list[Shot]:
