@@ -298,7 +298,7 @@ def judge(answers: Sequence[Answer], cases: Sequence[Case], report: Report) -> N
 
 
 def pace(answers: Sequence[Answer], windows: Sequence[Window], report: Report) -> None:
-    """What good clients waited for, in the phases of each name."""
+    """What good clients waited for, in the phases of each name; a wait counts for the phase that it began in."""
     replies = [answer.reply for answer in answers if answer.reply is not None and answer.reply.events]
     for name in dict.fromkeys(name for window in windows for name in window.names):
         spans = [(window.begin, window.end) for window in windows if name in window.names]
@@ -307,9 +307,9 @@ def pace(answers: Sequence[Answer], windows: Sequence[Window], report: Report) -
             later - earlier
             for begin, end, r in inside
             for (earlier, _), (later, _) in zip(r.events, r.events[1:], strict=False)
-            if begin <= earlier and later <= end
+            if begin <= earlier < end
         ]
-        firsts = [r.first for begin, end, r in inside if begin <= r.sent and r.events[0][0] <= end]
+        firsts = [r.first for begin, end, r in inside if begin <= r.sent < end]
         gaps, firsts = sorted(gaps), sorted(firsts)
         if gaps and firsts:
             report.pace[name] = {
