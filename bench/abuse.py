@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         serving_or(args.url, args.server_log, Path(folder), args.tp) as server,
     ):
         report = run(server, plan, Path(folder), args.log)
-    show(report)
+        show(report)
     figures = {"kinds": report.kinds, "good": report.pace, "answers": report.counts, "wrong": report.wrong}
     print(json.dumps({**new_record(), "seed": args.seed, "minutes": args.minutes, **figures}))
     return 1 if report.wrong else 0

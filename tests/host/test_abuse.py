@@ -40,7 +40,7 @@ def attack(minutes: float, tp: int, folder: Path) -> None:
     """As `python -m bench.abuse` does it."""
     with serving_or(None, folder / "log", folder, tp) as target:
         report = run(target, Plan(list(KINDS), minutes), folder)
-    show(report)
+        show(report)
     assert not report.wrong, "\n\n".join(report.wrong)
     assert set(report.kinds) == set(KINDS), "every kind was sent"
 
