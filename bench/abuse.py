@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.good import Answer, good_load
 from bench.hostile import AT_HOME, KINDS, Facts
-from bench.load import Ask
+from bench.load import Ask, Reply
 from bench.records import ROOT, new_record
 from bench.serve import quantile
 from bench.shots import CUT, HUNG, REFUSED, Shot, fire
@@ -298,34 +300,39 @@ def judge(answers: Sequence[Answer], cases: Sequence[Case], report: Report) -> N
 
 
 def pace(answers: Sequence[Answer], windows: Sequence[Window], report: Report) -> None:
-    """What good clients waited for, in the phases of each name; a wait counts for the phase that it began in."""
+    """What good clients waited for in the phases of each name, and how that compares to the quiet ones just before."""
     replies = [answer.reply for answer in answers if answer.reply is not None and answer.reply.events]
     for name in dict.fromkeys(name for window in windows for name in window.names):
-        spans = [(window.begin, window.end) for window in windows if name in window.names]
-        inside = [(begin, end, r) for begin, end in spans for r in replies]
-        gaps = [
-            later - earlier
-            for begin, end, r in inside
-            for (earlier, _), (later, _) in zip(r.events, r.events[1:], strict=False)
-            if begin <= earlier < end
-        ]
-        firsts = [r.first for begin, end, r in inside if begin <= r.sent < end]
-        gaps, firsts = sorted(gaps), sorted(firsts)
-        if gaps and firsts:
-            report.pace[name] = {
-                "gap p50": 1e3 * quantile(gaps, 0.5),
-                "gap p99": 1e3 * quantile(gaps, 0.99),
-                "gap most": 1e3 * gaps[-1],
-                "TTFT p50": 1e3 * quantile(firsts, 0.5),
-                "TTFT p99": 1e3 * quantile(firsts, 0.99),
-                "answers/s": len(firsts) / sum(end - begin for begin, end in spans),
-            }
-        else:
-            report.wrong.append(f"no good answer came in a whole phase of {name}")
-    if {QUIET, HOSTILE} <= report.pace.keys():
-        slower = report.pace[HOSTILE]["gap p99"] / report.pace[QUIET]["gap p99"]
-        if slower > SLOWER:
-            report.wrong.append(f"good gaps are {slower:.2f} times as long at p99 in hostile phases; allowed: {SLOWER}")
+        at = [i for i, window in enumerate(windows) if name in window.names]
+        report.pace[name] = waits(replies, [windows[i] for i in at])
+        if name == QUIET:
+            continue
+        before = waits(replies, [windows[i - 1] for i in at])
+        report.pace[name]["times quiet"] = report.pace[name]["gap p99"] / before["gap p99"]
+    slower = report.pace.get(HOSTILE, {}).get("times quiet", 0.0)
+    if slower > SLOWER:
+        report.wrong.append(f"good gaps are {slower:.2f} times as long at p99 in hostile phases; allowed: {SLOWER}")
+
+
+def waits(replies: Sequence[Reply], windows: Sequence[Window]) -> dict[str, float]:
+    """Milliseconds between chunks and until the first one; a wait counts for the phase that it began in."""
+    inside = [(window, reply) for window in windows for reply in replies]
+    gaps = [
+        later - earlier
+        for window, reply in inside
+        for (earlier, _), (later, _) in pairwise(reply.events)
+        if window.begin <= earlier < window.end
+    ]
+    firsts = [reply.first for window, reply in inside if window.begin <= reply.sent < window.end]
+    gaps, firsts = sorted(gaps) or [math.inf], sorted(firsts) or [math.inf]
+    return {
+        "gap p50": 1e3 * quantile(gaps, 0.5),
+        "gap p99": 1e3 * quantile(gaps, 0.99),
+        "gap most": 1e3 * gaps[-1],
+        "TTFT p50": 1e3 * quantile(firsts, 0.5),
+        "TTFT p99": 1e3 * quantile(firsts, 0.99),
+        "answers/s": len(firsts) / sum(window.end - window.begin for window in windows),
+    }
 
 
 def check_idle(target: Target, report: Report) -> None:
@@ -365,10 +372,9 @@ def show(report: Report) -> None:
     print(f"\n{'hostile kind':<16}{'sent':>6}  came to")
     for kind, outcomes in sorted(report.kinds.items()):
         print(f"{kind:<16}{sum(outcomes.values()):>6}  {', '.join(f'{o} {n}' for o, n in sorted(outcomes.items()))}")
-    figures = next(iter(report.pace.values()), {})
-    print(f"\n{'good, ms':<16}" + "".join(f"{figure:>12}" for figure in figures))
+    print(f"\n{'good, ms':<16}" + "".join(f"{figure:>12}" for figure in max(report.pace.values(), key=len)))
     for name, phase in report.pace.items():
-        print(f"{name:<16}" + "".join(f"{phase[figure]:>12.1f}" for figure in figures))
+        print(f"{name:<16}" + "".join(f"{value:>12.1f}" for value in phase.values()))
     print("good answers:", ", ".join(f"{count} {what}" for what, count in sorted(report.counts.items())))
     for what in report.wrong:
         print(f"\nWRONG: {what}", flush=True)

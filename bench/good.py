@@ -17,7 +17,7 @@ import aiohttp
 
 from bench.load import Ask, Reply, new_session, send
 
-HANG_SECONDS = 60.0
+START_SECONDS = HANG_SECONDS = 60.0
 PATIENCE_SECONDS = 0.2  # after a request that failed
 
 
@@ -32,12 +32,14 @@ class Answer:
 
 @contextmanager
 def good_load(url: str, asks: Sequence[Ask], clients: int) -> Iterator[GoodLoad]:
-    """Running within the block; its answers are there once the block has called end()."""
+    """Running within the block, where an answer has come; all are there once the block has called end()."""
     context = multiprocessing.get_context("spawn")
-    ended = context.Event()
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_share, initargs=(ended,)) as pool:
+    events = context.Event(), context.Event()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_share, initargs=events) as pool:
+        begun, ended = events
         load = GoodLoad(ended, pool.submit(_keep_asking, url, asks, clients))
         try:
+            begun.wait(START_SECONDS)
             yield load
         finally:
             ended.set()
@@ -56,12 +58,13 @@ class GoodLoad:
         return self.answers.result()
 
 
+_begun: Event
 _ended: Event
 
 
-def _share(ended: Event) -> None:
-    global _ended  # an event reaches a process as it begins only
-    _ended = ended
+def _share(begun: Event, ended: Event) -> None:
+    global _begun, _ended  # events reach a process as it begins only
+    _begun, _ended = begun, ended
 
 
 def _keep_asking(url: str, asks: Sequence[Ask], clients: int) -> list[Answer]:
@@ -76,6 +79,7 @@ async def _ask_all(url: str, asks: Sequence[Ask], clients: int) -> list[Answer]:
             number = first
             while not _ended.is_set():
                 answers.append(await _ask(session, url, number, asks[number]))
+                _begun.set()
                 number = (number + clients) % len(asks)
                 if answers[-1].error:
                     await asyncio.sleep(PATIENCE_SECONDS)
