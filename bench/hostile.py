@@ -246,17 +246,19 @@ def flushes(rng: random.Random, facts: Facts) -> list[Shot]:
 
 
 def weights(rng: random.Random, facts: Facts) -> list[Shot]:
-    """The same weights again, and some that there are not."""
+    """The same weights again, and some that there are not, or that are read in a way that there is not."""
     wrong = [str(facts.folder), "/nowhere", "", "\0", "x" * 10_000, None, 5]
-    path = str(facts.checkpoint) if rng.random() < 0.3 else rng.choice(wrong)
-    return [ask("/update_weights_from_disk", {"model_path": path})]
+    path = str(facts.checkpoint) if rng.random() < 0.5 else rng.choice(wrong)
+    how = {"load_format": rng.choice(["nothing", "", "\0", 5])} if rng.random() < 0.3 else {}
+    return [ask("/update_weights_from_disk", {"model_path": path, **how})]
 
 
 def profiles(rng: random.Random, facts: Facts) -> list[Shot]:
-    """Short ones, of which a second is asked for before the first is over."""
+    """Short ones, a second one before the first is over, and the end of one that may never have begun."""
     body = {"output_dir": str(facts.folder), "num_steps": rng.choice([1, 3, 0, -1, "x"])}
     body |= {"activities": rng.choice([["CPU"], ["GPU"], ["MEM"], ["nothing"], [], None, 5])}
-    return [ask("/start_profile", body), ask("/start_profile", body), ask("/stop_profile", {}, delay=0.5)]
+    stop = ask("/stop_profile", {}, delay=rng.choice([0.0, 0.5]))
+    return [ask("/start_profile", body), ask("/start_profile", body), stop][rng.randrange(3) :]
 
 
 # --- requests that bring work of their own ----------------------------------------------------------------------------
