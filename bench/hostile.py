@@ -1,8 +1,8 @@
 """What hostile clients send: KINDS, each a function that draws the shots of one client, which are sent together.
 
 Anything here may come at any time from anyone who reaches the server's port, so nothing of it may end the server, hang,
-or change what others get. Left out is what the host offers for just that: to abort all requests, to slow down, to give
-its memory away, to write logs elsewhere.
+or change what others get. Left out is what the host offers for just that: to abort all requests, to slow down, to write
+logs elsewhere.
 """
 
 from __future__ import annotations
@@ -348,7 +348,8 @@ RARE = (
     "/start_expert_distribution_record /stop_expert_distribution_record /dump_expert_distribution_record "
     "/load_lora_adapter /unload_lora_adapter /open_session /close_session /parse_function_call /separate_reasoning "
     "/v1/responses/x /v1/responses/x/cancel /v1/audio/transcriptions /get_hicache_l3_cache_layout /freeze_gc "
-    "/set_trace_level?level=x /pd_role_switch /docs /openapi.json /destroy_weights_update_group /ping"
+    "/release_memory_occupation /resume_memory_occupation /set_trace_level?level=x /pd_role_switch "
+    "/docs /openapi.json /destroy_weights_update_group /ping"
 ).split()
 
 KINDS: dict[str, Kind] = {
