@@ -28,8 +28,8 @@ class PlantedError(Exception):
 
 
 def planted(where: str, count: int) -> str:
-    """A regex for 60 letters, in the middle of which its grammar fails."""
-    return f"[a-z]{{60}}|planted-{where}-{count}"
+    """A regex that every answer is longer than COUNT tokens for, so that its grammar fails for certain."""
+    return f"planted-{where}-{count} [a-z]{{60}}"
 
 
 def failing(where: str, call: Callable[..., Any], grammar: Any, *args: Any) -> Any:
