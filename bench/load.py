@@ -71,26 +71,26 @@ def open_loop(url: str, asks: Sequence[Ask], per_second: float, seed: int = 0) -
 
 async def _closed(url: str, asks: Sequence[Ask], at_once: int) -> list[Reply]:
     limit = asyncio.Semaphore(at_once)
-    async with _session() as session:
+    async with new_session() as session:
 
         async def one(ask: Ask) -> Reply:
             async with limit:
-                return await _send(session, url, ask)
+                return await send(session, url, ask)
 
         return list(await asyncio.gather(*map(one, asks)))
 
 
 async def _open(url: str, asks: Sequence[Ask], per_second: float, seed: int) -> list[Reply]:
     rng = random.Random(seed)
-    async with _session() as session:
+    async with new_session() as session:
         running = []
         for ask in asks:
-            running.append(asyncio.create_task(_send(session, url, ask)))
+            running.append(asyncio.create_task(send(session, url, ask)))
             await asyncio.sleep(rng.expovariate(per_second))
         return list(await asyncio.gather(*running))
 
 
-def _session() -> aiohttp.ClientSession:
+def new_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=3600),  # what a host without fast attention may take for one long prompt
         connector=aiohttp.TCPConnector(limit=0),
@@ -98,7 +98,7 @@ def _session() -> aiohttp.ClientSession:
     )
 
 
-async def _send(session: aiohttp.ClientSession, url: str, ask: Ask) -> Reply:
+async def send(session: aiohttp.ClientSession, url: str, ask: Ask) -> Reply:
     sampling = {
         "temperature": 0,
         "max_new_tokens": ask.max_new_tokens,
