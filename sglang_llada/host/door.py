@@ -137,8 +137,9 @@ def keep_weights(
     before = updater.model_config.model_path
     try:
         success, message = update(updater, model_path, *args, **kwargs)
-    except ConfigError as error:
-        update(updater, before, *args, **kwargs)
+    except Exception as error:  # of whatever reads the files, or of what the request says of them
+        updater.model_config.model_path = before
+        update(updater, before, "auto")
         return False, f"{error}; the weights of {before} were loaded again"
     if not success:
         updater.model_config.model_path = before

@@ -8,7 +8,8 @@ All ranks of a tensor-parallel group have to end the same requests in the same t
 alike. Those that may not, because somebody else's code or a clock decides (custom processors, grammars, regular
 expressions), are exchanged while such a request runs.
 
-What is not one request's own is not contained: an error of the device or of a collective ends the server.
+Commands of operators that fail before they change anything are answered, too. What is not one request's own is not
+contained: an error of the device or of a collective ends the server.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from sglang.srt.managers.io_struct import (
+    ExpertDistributionReq,
+    ExpertDistributionReqOutput,
+    ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqOutput,
+)
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_llada.errors import ConfigError
@@ -28,6 +37,25 @@ logger = logging.getLogger(__name__)
 
 # Of torch: the accelerator is in an unknown state; a rank or a store is lost.
 FATAL = (torch.AcceleratorError, torch.distributed.DistError)
+
+# Commands that look whether they can be carried out before they begin, by asserting it, and the answers that end the
+# wait for them. These have no place for a reason, which the log has.
+ASSERTING = {
+    ExpertDistributionReq: ExpertDistributionReqOutput,  # without --expert-distribution-recorder-mode
+    ReleaseMemoryOccupationReqInput: ReleaseMemoryOccupationReqOutput,  # while requests run
+    ResumeMemoryOccupationReqInput: ResumeMemoryOccupationReqOutput,  # of what was not released
+}
+
+
+def carried_out(dispatch: Callable[[Any], Any], command: Any) -> Any:
+    """What the host's dispatcher makes of a request or command; one of ASSERTING may fail."""
+    try:
+        return dispatch(command)
+    except Exception as error:
+        if type(command) not in ASSERTING or isinstance(error, FATAL):
+            raise
+        logger.exception("%s is not carried out", type(command).__name__)
+        return ASSERTING[type(command)]()
 
 
 class Failures:

@@ -27,6 +27,7 @@ import os
 import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -67,7 +68,7 @@ from sglang_llada.errors import ConfigError, IntegrityError
 from sglang_llada.host.admission import ends_of_tokenizer, report_of, wishes_of
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
-from sglang_llada.host.failures import Failures, reason_of
+from sglang_llada.host.failures import Failures, carried_out, reason_of
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
@@ -130,6 +131,11 @@ class LladaScheduler(Scheduler):
             self.row_budget,
             self.defaults,
         )
+
+    def init_request_dispatcher(self) -> None:
+        """As the host; a command that cannot be carried out is answered."""
+        super().init_request_dispatcher()
+        self._request_dispatcher: Any = partial(carried_out, self._request_dispatcher)
 
     def init_output_streamer(self) -> None:
         """The streamer reports forward counts, which the table knows."""

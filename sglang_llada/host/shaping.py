@@ -82,6 +82,8 @@ class Shaping:
             result = self.processor(logits.clone(), [self.params] * len(logits)).to(logits.dtype)
             if result.shape != logits.shape:
                 raise ValueError(f"gave logits of shape {list(result.shape)} for {list(logits.shape)}")
+            if result.isnan().any():
+                raise ValueError("gave logits that are no numbers")
         except Exception as error:  # a user's code may raise anything
             raise ConfigError(f"custom_logit_processor failed: {error!r}") from error
         return result

@@ -64,6 +64,22 @@ def test_an_abort_of_a_retracted_request_leaves_nothing_to_show_to_others(narrow
     narrow.flush()
 
 
+def test_commands_that_cannot_be_carried_out_are_answered(narrow: Server) -> None:
+    want = narrow.generate(prompt(0), **LONG)["output_ids"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(narrow.generate, prompt(0), **LONG)
+        until_running(narrow, 1)
+        assert narrow.post("/release_memory_occupation").ok
+        assert narrow.post("/resume_memory_occupation").ok
+        for what in ("start", "stop", "dump"):
+            path = f"/{what}_expert_distribution_record"
+            assert narrow.post(path).ok
+        assert running.result()["output_ids"] == want
+    reply = narrow.post("/update_weights_from_disk", {"model_path": str(TINY), "load_format": "nothing"})
+    assert reply.status_code == 400 and "'nothing'" in reply.text and "loaded again" in reply.text
+    assert narrow.generate(prompt(0), **LONG)["output_ids"] == want
+
+
 def test_two_clients_with_one_rid(tmp_path_factory: pytest.TempPathFactory) -> None:
     """They may reach the scheduler through different processes, none of which knows the other's requests."""
     log = tmp_path_factory.mktemp("two") / "log"
