@@ -663,6 +663,20 @@ class LladaScheduler(Scheduler):
 
     # --- ends from outside ------------------------------------------------------------------------------------------
 
+    def abort_request(self, recv_req: Any) -> None:
+        """As the host, which takes an id for the beginning of ids: one client's "a" would end another one's "ab"."""
+        if recv_req.abort_all:
+            super().abort_request(recv_req)
+            return
+        for req in [req for req in self.waiting_queue if req.rid == recv_req.rid]:
+            self.waiting_queue.remove(req)
+            self._release_aborted_request(req)
+            self.send_abort_output(AbortReq(rid=req.rid, finished_reason=recv_req.finished_reason), req)
+        status = HTTPStatus.SERVICE_UNAVAILABLE if recv_req.abort_message else None  # of one that took too long
+        for req in (*self.grammar_manager.grammar_queue, *self.running_batch.reqs):
+            if req.rid == recv_req.rid and not req.finished():
+                req.to_finish = FINISH_ABORT(recv_req.abort_message, status)
+
     def _end_aborted(self) -> None:
         """Stage: requests that failed, or that the host marked for an end, take no further part."""
         for req, reason in self._failed():

@@ -292,6 +292,8 @@ SEAMS: tuple[Seam, ...] = (
          "our loop runs rows", OWN_SCHEDULER),
     Seam("sglang.srt.managers.scheduler:Scheduler._release_aborted_request", Kind.HOOK, "(self, req)",
          "the table forgets what the host drops from its queue", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.scheduler:Scheduler.abort_request", Kind.REPLACE, "(self, recv_req)",
+         "ends the request with an id, and none whose id begins with it", OWN_SCHEDULER),
     Seam("sglang.srt.managers.scheduler:Scheduler.init_request_dispatcher", Kind.HOOK, "(self)",
          "a command that cannot be carried out is answered", OWN_SCHEDULER),
     *fields("sglang.srt.managers.scheduler:Scheduler", "_request_dispatcher",
@@ -339,7 +341,7 @@ SEAMS: tuple[Seam, ...] = (
          "answers a request of which there is no output to send", OWN_SCHEDULER),
     Seam("sglang.srt.managers.io_struct:AbortReq", Kind.USE, CLASS,
          "the same", OWN_SCHEDULER),
-    *fields("sglang.srt.managers.io_struct:AbortReq", "finished_reason",
+    *fields("sglang.srt.managers.io_struct:AbortReq", "abort_all abort_message finished_reason",
             "the same", OWN_SCHEDULER),
     # Scheduler: its state
     *fields("sglang.srt.managers.scheduler:Scheduler", "tokenizer",

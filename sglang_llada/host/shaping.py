@@ -82,8 +82,8 @@ class Shaping:
             result = self.processor(logits.clone(), [self.params] * len(logits)).to(logits.dtype)
             if result.shape != logits.shape:
                 raise ValueError(f"gave logits of shape {list(result.shape)} for {list(logits.shape)}")
-            if result.isnan().any():
-                raise ValueError("gave logits that are no numbers")
+            if not result.amax(-1).isfinite().all():
+                raise ValueError("gave logits that are no numbers, or allow no token")
         except Exception as error:  # a user's code may raise anything
             raise ConfigError(f"custom_logit_processor failed: {error!r}") from error
         return result

@@ -61,7 +61,9 @@ def exchanged(runner: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), marks=pytest.mark.long), ("--ep-size", "2")], ids=["tensor", "experts"]
+    "flags",
+    [pytest.param(flags, marks=pytest.mark.long) for flags in ((), ("--ep-size", "2"))],
+    ids=["tensor", "experts"],
 )
 def test_two_ranks_exchange_what_is_counted(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Sums of hidden states after the embedding and twice a layer, and one record of each open position (fp32 here)."""

@@ -64,6 +64,19 @@ def test_an_abort_of_a_retracted_request_leaves_nothing_to_show_to_others(narrow
     narrow.flush()
 
 
+def test_an_abort_ends_the_request_with_that_id_alone(narrow: Server) -> None:
+    want = narrow.generate(prompt(0), **LONG)["output_ids"]
+    with ThreadPoolExecutor(2) as pool:
+        running = {}
+        for i, rid in enumerate(("one", "one and another")):
+            body = {"rid": rid, "input_ids": prompt(0), "sampling_params": LONG}
+            running[rid] = pool.submit(narrow.post, "/generate", body)
+            until_running(narrow, i + 1)
+        assert narrow.post("/abort_request", {"rid": "one"}).ok
+        assert "abort" in running["one"].result().text
+        assert running["one and another"].result().json()["output_ids"] == want
+
+
 def test_commands_that_cannot_be_carried_out_are_answered(narrow: Server) -> None:
     want = narrow.generate(prompt(0), **LONG)["output_ids"]
     with ThreadPoolExecutor(1) as pool:
