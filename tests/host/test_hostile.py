@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,15 +93,14 @@ def test_commands_that_cannot_be_carried_out_are_answered(narrow: Server) -> Non
     assert narrow.generate(prompt(0), **LONG)["output_ids"] == want
 
 
-def test_two_clients_with_one_rid(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """They may reach the scheduler through different processes, none of which knows the other's requests."""
-    log = tmp_path_factory.mktemp("two") / "log"
-    with serving(TINY, log, "--tokenizer-worker-num", "2") as server:
-        want = server.generate(prompt(0), **LONG)["output_ids"]
-        body = {"rid": "mine", "input_ids": prompt(0), "sampling_params": LONG}
-        with ThreadPoolExecutor(12) as pool:
-            replies = list(pool.map(lambda _: server.post("/generate", body), range(12)))
-        assert {reply.status_code for reply in replies} == {200, 400}, Counter(reply.text for reply in replies)
-        assert all(reply.json()["output_ids"] == want for reply in replies if reply.ok)
-        assert any("that of a request that is not done" in reply.text for reply in replies)
-        assert server.generate(prompt(0), **LONG)["output_ids"] == want
+def test_a_second_request_with_the_id_of_one_that_is_not_done_is_refused() -> None:
+    """With several tokenizer processes the scheduler is the first that sees both."""
+    from sglang_llada.host.scheduler import LladaScheduler
+
+    scheduler: Any = object.__new__(LladaScheduler)
+    scheduler.table = SimpleNamespace(get=lambda rid: "known" if rid == "runs" else None)
+    scheduler.waiting_queue = [SimpleNamespace(rid="waits")]
+    scheduler.grammar_manager = SimpleNamespace(grammar_queue=[SimpleNamespace(rid="compiles")])
+    for rid in ("runs", "waits", "compiles"):
+        said = scheduler.validate_dllm_request(SimpleNamespace(rid=rid))
+        assert said == f"rid is {rid!r}, which is that of a request that is not done; allowed: another one"
