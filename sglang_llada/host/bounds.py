@@ -98,7 +98,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("beam_width", SAMPLING, int, 1, INT32),
     Bound("stop", SAMPLING, str, 0, 256, most=MAX_STOP_COUNT),
     Bound("stop_regex", SAMPLING, str, 0, MAX_STOP_REGEX_LEN, most=MAX_STOP_REGEX_COUNT),
-    Bound("stop_token_ids", SAMPLING, int, 0, Edge.VOCABULARY, most=MOST_IDS),
+    Bound("stop_token_ids", SAMPLING, int, 0, INT32, most=MOST_IDS),  # clients name those of other models too
     Bound(
         "logit_bias",
         SAMPLING,
