@@ -12,9 +12,8 @@ the others down a little rather than starve.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -49,10 +48,12 @@ class Plan:
 
     rows: list[Row]
 
-    def fills(self) -> Iterator[tuple[Request[Any], int]]:
-        """Each request, and how many of its rows write final KV."""
-        for request, rows in groupby(self.rows, key=REQUEST):
-            yield request, sum(row.kind is not RowKind.DENOISE for row in rows)
+    def fills(self) -> dict[Request[Any], int]:
+        """Of each request, how many of its rows write final KV."""
+        found: dict[Request[Any], int] = {}
+        for request, kind, *_ in self.rows:
+            found[request] = found.get(request, 0) + (kind is not RowKind.DENOISE)
+        return found
 
     def of(self, kind: RowKind) -> list[Row]:
         """The rows of one kind, in order."""

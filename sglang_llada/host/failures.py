@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Failures:
     """What went wrong, by request id, until it is taken."""
 
     def __init__(self, count: Callable[[], None]) -> None:
-        """`count` is told of each request that fails."""
+        """`count` is called for each request that fails."""
         self.reasons: dict[str, FINISH_ABORT] = {}
         self.count = count
 
@@ -71,14 +70,17 @@ class Failures:
 
     def note(self, rid: str, error: Exception) -> None:
         """Note the first error of a request; one that is not a request's own is raised again."""
-        if rid in self.reasons:
-            return
-        self.reasons[rid] = reason_of(rid, error)
-        self.count()
+        if rid not in self.reasons:
+            self.reasons[rid] = self.reason(rid, error)
 
-    def of(self, rid: str) -> Guard:
-        """A context in which errors are this request's."""
-        return Guard(self, rid)
+    def reason(self, rid: str, error: Exception) -> FINISH_ABORT:
+        """What a request that fails is told; the log has the error in full."""
+        self.count()
+        if isinstance(error, ConfigError):
+            return FINISH_ABORT(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
+        log(rid, error)
+        what = f"this request failed: {type(error).__name__}: {error}"
+        return FINISH_ABORT(what, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
     def take(self, group: Any = None) -> dict[str, FINISH_ABORT]:
         """What was noted since the last time; with a process group, on any of its ranks, each of which must call."""
@@ -94,36 +96,8 @@ class Failures:
         return {rid: reason for each in everyones for rid, reason in each.items()}
 
 
-class Guard:
-    """See Failures.of()."""
-
-    __slots__ = ("failures", "rid")
-
-    def __init__(self, failures: Failures, rid: str) -> None:
-        self.failures, self.rid = failures, rid
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.failures.note(self.rid, error)
-        return True
-
-
-def reason_of(rid: str, error: Exception) -> FINISH_ABORT:
-    """What a request is told of its error, which the log has in full.
-
-    Raises:
-        Exception: the error itself, where it is not a request's own.
-    """
-    if isinstance(error, ConfigError):
-        return FINISH_ABORT(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
+def log(rid: str, error: Exception) -> None:
+    """Show an error that is ours to mend; one that is not a request's own is raised again."""
     if isinstance(error, FATAL):
         raise error
-    logger.error("request %s failed and ends; the others go on", rid, exc_info=error)
-    what = f"{type(error).__name__}: {error}"
-    return FINISH_ABORT(f"this request failed: {what}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+    logger.error("request %s: an error, of which the others go on", rid, exc_info=error)

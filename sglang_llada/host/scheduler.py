@@ -68,7 +68,7 @@ from sglang_llada.errors import ConfigError, IntegrityError
 from sglang_llada.host.admission import ends_of_tokenizer, report_of, wishes_of
 from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
-from sglang_llada.host.failures import Failures, carried_out, reason_of
+from sglang_llada.host.failures import Failures, carried_out, log
 from sglang_llada.host.grammar import conform
 from sglang_llada.host.metrics import Metrics
 from sglang_llada.host.shaping import shaping_of
@@ -204,27 +204,24 @@ class LladaScheduler(Scheduler):
             # The first if it ended while the step ran, by a stop string or an abort.
             if request.phase is Phase.DONE or request.rid in self.failures:
                 continue
-            with self.failures.of(request.rid):
-                blocks = self._checked(landed, decision)
+            try:
+                if not decision.finite:
+                    raise ArithmeticError("the model gave logits that are not finite")
+                blocks = decision.blocks if request.plain else self._conforming(landed, decision)
                 first = request.blocks[0]
-                try:
-                    request.decide(blocks)
-                except Exception:
-                    request.abandon()
-                    raise
+                request.decide(blocks)
                 if self.flights and id(first) in self.flights[-1].carried and request.filled == first.start:
                     self._note_sealed(request)
                 if request.params.stream_mode == "denoise":
                     request.shown.append(snapshot_of(request))
                 self.unbooked.append(request)
+            except Exception as error:
+                self.failures.note(request.rid, error)
 
-    def _checked(self, landed: Landed, decision: Decision) -> list[Decided]:
+    def _conforming(self, landed: Landed, decision: Decision) -> list[Decided]:
         """A step's decisions as the request may take them: noted, and of one with a grammar what that accepts."""
-        request, blocks = decision.request, decision.blocks
-        if not decision.finite:
-            raise ArithmeticError("the model gave logits that are not finite")
-        if request.noted:
-            blocks = landed.noted(decision)
+        request = decision.request
+        blocks = landed.noted(decision) if request.noted else decision.blocks
         shaping = request.params.shaping
         if shaping is None or shaping.matcher is None:
             return blocks
@@ -272,13 +269,11 @@ class LladaScheduler(Scheduler):
         self.flights.append(step)
         self.going_on = []
         self._count_step(step)
-        for request, fills in plan.fills():
-            with self.failures.of(request.rid):
-                try:
-                    request.take_part(fills)
-                except Exception:
-                    request.abandon()
-                    raise
+        for request, fills in plan.fills().items():
+            try:
+                request.take_part(fills)
+            except Exception as error:
+                self.failures.note(request.rid, error)
         self.new_token_ratio_tracker.decay_step()
 
     def _plan(self) -> Plan:
@@ -341,7 +336,7 @@ class LladaScheduler(Scheduler):
         try:
             super().handle_generate_request(recv_req, **kwargs)
         except Exception as error:
-            self._answer_failed(recv_req, reason_of(recv_req.rid, error))
+            self._answer_failed(recv_req, self.failures.reason(recv_req.rid, error))
 
     def validate_dllm_request(self, req: Any) -> str | None:
         """The host's door: the sentence that refuses the request, or None; what it wants is read here, once."""
@@ -443,8 +438,10 @@ class LladaScheduler(Scheduler):
             self.reqs[req.rid] = req
             self.running_batch.reqs.append(req)
             req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
-            with self.failures.of(req.rid):
+            try:
                 self._place(req)
+            except Exception as error:
+                self.failures.note(req.rid, error)
         admitted = [self.table[req.rid] for req in reqs if req.rid not in self.failures]
         self._ensure_pages({request.rid: request.live_to for request in admitted})
         set_time_batch(reqs, "set_forward_entry_time")
@@ -545,19 +542,23 @@ class LladaScheduler(Scheduler):
         decided, self.unbooked = self.unbooked, []
         news: dict[str, int] = {}  # tokens committed per request
         for request in decided:
-            with self.failures.of(request.rid):
+            try:
                 req = self.reqs[request.rid]
                 new = request.output[len(req.output_ids) :]
                 if req.return_logprob:
                     book_logprobs(req, new, request.notes[len(req.output_ids) :])
                 req.output_ids.extend(new)
                 news[req.rid] = len(new)
+            except Exception as error:
+                self.failures.note(request.rid, error)
         changed = {}
         for req in self.running_batch.reqs:
-            with self.failures.of(req.rid):
+            try:
                 book_prompt_logprobs(req, self.table[req.rid])
                 if self._update_finish(req, news.get(req.rid)):
                     changed[req.rid] = req
+            except Exception as error:
+                self.failures.note(req.rid, error)
         for req, reason in self._failed():
             req.finished_reason = reason  # whatever end it came to where it did not fail
             changed[req.rid] = req
@@ -576,8 +577,10 @@ class LladaScheduler(Scheduler):
         for rid in dict.fromkeys(row.request.rid for row in plan.rows if row.kind is RowKind.FILL):
             req = self.reqs.get(rid)  # None if it has ended meanwhile
             if req is not None:
-                with self.failures.of(rid):
+                try:
                     self._insert(req, len(req.origin_input_ids) // T * T)
+                except Exception as error:
+                    self.failures.note(rid, error)
 
     def _insert(self, req: Any, upto: int) -> None:
         """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
@@ -605,7 +608,10 @@ class LladaScheduler(Scheduler):
             return False
         request, decided, new = self.table[req.rid], committed is not None, committed or 0
         if req.to_finish or (new and (request.phase is Phase.DONE or ends_by_text(req))):
+            marked = req.to_finish is not None
             req.update_finish_state(new)
+            if not marked and isinstance(req.finished_reason, FINISH_ABORT):  # the search of its text took too long
+                raise ConfigError(req.finished_reason.message)
         if request.ending is Ending.LENGTH and not req.finished():  # max_nfe, or no token was asked for
             req.to_finish = FINISH_LENGTH(len(req.output_ids))
             req.update_finish_state(0)
@@ -618,10 +624,12 @@ class LladaScheduler(Scheduler):
         ended = [req for req in changed if req.finished()]
         for req in ended:
             self._release(req)
-            with self.failures.of(req.rid):
+            try:
                 req.time_stats.set_completion_time()
                 if self.metrics is not None:
                     self.metrics.ended(self.table[req.rid], len(req.output_ids_through_stop))
+            except Exception as error:
+                log(req.rid, error)  # its answer is whole; it is only not counted
         self._send(changed)
         for req in ended:
             self.table.drop(req.rid)
@@ -632,7 +640,7 @@ class LladaScheduler(Scheduler):
         """Send the outputs of requests."""
         for req, error in self.output_streamer.stream_each(changed):
             if req.finished():
-                self._answer_failed(req, reason_of(req.rid, error))
+                self._answer_failed(req, self.failures.reason(req.rid, error))
             else:
                 self.failures.note(req.rid, error)
 
@@ -652,7 +660,7 @@ class LladaScheduler(Scheduler):
         try:
             self._insert(req, req.owned_kv_len() // self.facts.block_size * self.facts.block_size)
         except Exception as error:
-            reason_of(req.rid, error)  # its answer is whole; nobody shares its KV
+            log(req.rid, error)  # its answer is whole; nobody shares its KV
         del self.reqs[req.rid]
         if req.kv.is_kv_released:  # a row without a page yet, which the host does not know
             self.tree_cache.unlock(req.lock)
@@ -679,15 +687,14 @@ class LladaScheduler(Scheduler):
 
     def _end_aborted(self) -> None:
         """Stage: requests that failed, or that the host marked for an end, take no further part."""
+        running = self.running_batch.reqs
+        if self.failures.reasons or any(req.to_finish is not None for req in running):
+            self._take_rest()
         for req, reason in self._failed():
             req.to_finish = reason
-        marked = [req for req in self.running_batch.reqs if req.to_finish is not None]
-        if not marked:
-            return
-        self._take_rest()
-        for request in (self.table[req.rid] for req in marked):
-            if request.phase is not Phase.DONE:
-                request.end(Ending.OUTSIDE)
+        for req in running:
+            if req.to_finish is not None:
+                self.table[req.rid].abandon()
 
     def _failed(self) -> list[tuple[Any, FINISH_ABORT]]:
         """Running requests that failed on any rank, and what they are told. All ranks call this at the same points."""
@@ -705,9 +712,9 @@ class LladaScheduler(Scheduler):
         Raises:
             IntegrityError: there are some, and `strict`.
         """
+        if strict:
+            self.table.check_integrity(self._held())
         found = self.table.contradictions(self._held())
-        if found and strict:
-            raise IntegrityError("; ".join(f"{rid}: {what}" for rid, what in found.items()))
         for rid, what in found.items():
             request, req = self.table.get(rid), self.reqs.get(rid)
             logger.error("request %s contradicts itself: %s; its blocks are %s", rid, what, request and request.blocks)
@@ -724,7 +731,7 @@ class LladaScheduler(Scheduler):
     def _turn_away(self, reqs: list[Any], error: Exception) -> None:
         """Answer waiting requests that fail."""
         for req in reqs:
-            req.to_finish = reason_of(req.rid, error)
+            req.to_finish = self.failures.reason(req.rid, error)
             self.waiting_queue.remove(req)
             self._finish_unadmitted(req)
 

@@ -27,7 +27,7 @@ def rows(table: Table, budget: int = 100) -> list[tuple[str, RowKind, int]]:
 def step(table: Table, budget: int = 100) -> None:
     """Run a plan that decides every block whole."""
     plan = next_step(table, budget)
-    for request, fills in plan.fills():
+    for request, fills in plan.fills().items():
         request.take_part(fills)
     for request in {row.request.rid: row.request for row in plan.of(DENOISE)}.values():
         request.decide([Decided([7 if t == MASK else t for t in block.tokens], 0, True) for block in request.blocks])

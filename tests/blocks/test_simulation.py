@@ -137,7 +137,7 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
             pool.free(victim.rid)
             waiting.insert(0, victim.rid)
             ended["retracted"] += 1
-        for request, fills in plan.fills():
+        for request, fills in plan.fills().items():
             request.take_part(fills)
         for request in {row.request.rid: row.request for row in plan.of(RowKind.DENOISE)}.values():
             before = list(request.output)

@@ -46,6 +46,7 @@ STAGES = {
 }
 # Of a grammar, which does not know its request: named in its pattern.
 GRAMMAR_STAGES = {"accept": f"{GRAMMAR}.accept_token", "fill": f"{GRAMMAR}.fill_vocab_mask"}
+ALONE = "second rank"  # which fails while the first one does not
 LEFT = "left without blocks"  # a request that contradicts itself from then on
 
 
@@ -80,6 +81,14 @@ def planted_in_grammar(name: str) -> Callable[..., Any]:
     return around
 
 
+def planted_on_second_rank(function: Callable[..., Any], *args: Any) -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_rank == 1 and rid_of([*args]).startswith(PREFIX + ALONE + ":"):
+        raise Fault(f"planted in {ALONE}")
+    return function(*args)
+
+
 def leave_without_blocks(result: Any, request: Any, *args: Any) -> Any:
     if request.rid.startswith(PREFIX + LEFT + ":"):
         request.blocks.clear()
@@ -91,6 +100,7 @@ if VARIABLE in os.environ:
         HookRegistry.register(target, planted(stage), HookType.AROUND)
     for stage, target in GRAMMAR_STAGES.items():
         HookRegistry.register(target, planted_in_grammar(stage), HookType.AROUND)
+    HookRegistry.register(f"{SCHEDULER}._conforming", planted_on_second_rank, HookType.AROUND)
     HookRegistry.register(f"{REQUEST}.take_part", leave_without_blocks, HookType.AFTER)
 
 if __name__ == "__main__":

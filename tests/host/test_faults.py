@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import requests
 
 from sglang_llada.config import REPLAY_VARIABLE
 from tests.host.conftest import TINY, Case, compare
-from tests.host.faulty import GRAMMAR_STAGES, LEFT, PREFIX, STAGES, VARIABLE
+from tests.host.faulty import ALONE, GRAMMAR_STAGES, LEFT, PREFIX, STAGES, VARIABLE
 from tests.host.serving import Server, serving
 
 pytestmark = pytest.mark.host
@@ -71,11 +73,21 @@ def test_one_request_fails_and_those_beside_it_are_exact(faulty: Server, cases: 
     wrong = {stage: what for stage, what in said.items() if what[0] != (200 if stage in AFTER_THE_END else 500)}
     assert not wrong, wrong
     assert all("planted in" in said[stage][1] for stage in stages if stage not in (*AFTER_THE_END, LEFT))
-    # handle and wishes come before there is anything to end.
-    assert faulty.metric("sglang:llada_failed_requests_total") >= len(stages) - 7
+    assert faulty.metric("sglang:llada_failed_requests_total") >= len(stages) - len(AFTER_THE_END)
     faulty.flush()  # which only an idle server can, and the host checks its pools before
     assert faulty.load()["num_used_tokens"] == 0
     assert faulty.log.read_text().count("Traceback") >= len(stages) - 2
+
+
+def test_ranks_agree_on_who_failed(faulty: Server, cases: list[Case]) -> None:
+    beside = [case for case in cases if len(case.prompt) < 200][:BESIDE]
+    ranks = 2 if '"tp_size": 2' in json.dumps(requests.get(faulty.url + "/server_info", timeout=20).json()) else 1
+    with ThreadPoolExecutor(BESIDE + 1) as pool:
+        good = [pool.submit(faulty.generate, case.prompt, 40) for case in beside]
+        reply = faulty.post("/generate", body_of(ALONE))
+        compare(beside, [each.result() for each in good], "beside it", most_close=0.5)
+    assert reply.status_code == (500 if ranks == 2 else 200)
+    faulty.flush()
 
 
 def test_a_stream_says_that_its_request_failed(faulty: Server) -> None:

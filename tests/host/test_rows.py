@@ -98,7 +98,7 @@ def test_the_next_step_is_the_same_before_calm_rows_decisions_are_taken(
         kept += sum(id(row.block) in device.writer.row_of for row in plan.rows)
         model.news = news_for(plan, rng)
         launched = device.launch(plan)
-        for each, fills in plan.fills():
+        for each, fills in plan.fills().items():
             each.take_part(fills)
         landed, going_on = device.read(launched), []
         if landed is None:
