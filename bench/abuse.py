@@ -208,6 +208,7 @@ class Abuse:
     """The phases of a run, and the hostile clients of some of them.
 
     Attributes:
+        deck: the kinds that are still to come before any comes again.
         recent: the last shots, with when they were sent and of which kind they are.
         examples: how many shots of a kind were reported for an outcome.
     """
@@ -215,6 +216,7 @@ class Abuse:
     def __init__(self, target: Target, plan: Plan, facts: Facts, report: Report, log: Path | None) -> None:
         self.target, self.plan, self.facts, self.report, self.log = target, plan, facts, report, log
         self.rng = random.Random(plan.seed)
+        self.deck: list[str] = []
         self.recent: deque[tuple[float, str, Shot]] = deque(maxlen=KEPT)
         self.examples: Counter[tuple[str, str]] = Counter()
 
@@ -241,11 +243,17 @@ class Abuse:
         sent = []
         while (left := end - time.perf_counter()) > 0 and not self.target.dead:
             if kinds:
-                kind = self.rng.choice(kinds)
+                kind = self._drawn(kinds)
                 for shot in KINDS[kind](self.rng, self.facts):
                     sent.append(asyncio.create_task(self._fire(kind, shot)))
             await asyncio.sleep(min(left, self.rng.expovariate(self.plan.rate)))
         return sent
+
+    def _drawn(self, kinds: Sequence[str]) -> str:
+        """One of them at random, and each before any comes again: a short run has all."""
+        if not self.deck:
+            self.deck = self.rng.sample(kinds, len(kinds))
+        return self.deck.pop()
 
     async def _fire(self, kind: str, shot: Shot) -> None:
         at = time.perf_counter()
