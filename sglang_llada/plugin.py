@@ -51,6 +51,7 @@ def install(mode: Mode) -> None:
     seams.require()
     register_config(mode)
     hook_arguments(mode)
+    load_in_http_processes()
     replays = prepare_cpu()
     if mode is Mode.ON:
         from sglang_llada.host.algorithm import register_algorithms
@@ -104,6 +105,14 @@ def hook_arguments(mode: Mode) -> None:
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
     verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
     HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
+
+
+def load_in_http_processes() -> None:
+    """The processes of --tokenizer-worker-num load the plugins, too, unless the user has an app of their own."""
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
+        envs.SGLANG_HTTP_SERVER_APP_PATH.set("sglang_llada.host.http_app:app")
 
 
 def prepare_cpu() -> bool:

@@ -34,19 +34,7 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal(lambda r, p: r.return_hidden_states, "return_hidden_states is not supported"),
-    Refusal(lambda r, p: r.return_routed_experts or r.return_indexer_topk, "expert and index traces are not supported"),
-    Refusal(lambda r, p: r.return_sampling_mask, "return_sampling_mask is not supported"),
     Refusal(lambda r, p: p.watermark, "watermarks are not supported"),
-    Refusal(lambda r, p: r.lora_id, "LoRA adapters are not supported"),
-    Refusal(
-        lambda r, p: r.input_embeds is not None or r.positional_embed_overrides is not None,
-        "input embeddings are not supported: blocks are made of tokens",
-    ),
-    Refusal(
-        lambda r, p: r.multi_item_delimiter_indices is not None or r.token_indices_to_pool is not None,
-        "scores of items are not supported: they need the log-probability of what would come next",
-    ),
     Refusal(
         lambda r, p: r.session is not None and r.session.streaming,
         "streaming sessions are not supported; the prefix cache reuses earlier turns without them",

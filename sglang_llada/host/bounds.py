@@ -151,6 +151,23 @@ BOUNDS: tuple[Bound, ...] = (
 )
 OF = {where: {b.name: b for b in BOUNDS if b.where == where} for where in (SAMPLING, REQUEST, SESSION)}
 
+# Fields of the host's GenerateReqInput of which no value is taken, and why. They are refused here since some of them
+# would not survive the way to the scheduler.
+EMBEDDINGS = "input embeddings are not supported: blocks are made of tokens"
+SCORES = "scores of items are not supported: they need the log-probability of what would come next"
+TRACES = "expert and index traces are not supported"
+REFUSED = {
+    "input_embeds": EMBEDDINGS,
+    "positional_embed_overrides": EMBEDDINGS,
+    "multi_item_delimiter_indices": SCORES,
+    "token_indices_to_pool": SCORES,
+    "return_hidden_states": "return_hidden_states is not supported",
+    "return_routed_experts": TRACES,
+    "return_indexer_topk": TRACES,
+    "return_sampling_mask": "return_sampling_mask is not supported",
+    "lora_id": "LoRA adapters are not supported",
+}
+
 # custom_params are a decode's or a processor's own: only their form and size are looked at here.
 ALSO_SAMPLING = ("custom_params", "watermark")
 CUSTOM_PARAMS = get_type_hints(SamplingParams)["custom_params"]  # scalars, and lists and mappings of them
@@ -165,6 +182,10 @@ def check(request: Any, limits: Limits) -> None:
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
+    for name, why in REFUSED.items():
+        value = getattr(request, name)
+        if is_wanted(value):
+            raise ValueError(f"{name} is {shown(value)}: {why}")
     params = request.sampling_params
     batch = params if isinstance(params, list) else [params]
     prompts = prompts_of(request)
@@ -186,6 +207,13 @@ def check(request: Any, limits: Limits) -> None:
         else:
             check_value(value, bound, limits)
     check_mapping(request.session_params, SESSION, limits)
+
+
+def is_wanted(value: Any) -> bool:
+    """Whether a field of REFUSED says more than no, for one prompt or for each of several."""
+    if isinstance(value, list) and value:
+        return any(map(is_wanted, value))
+    return value is not None and value is not False
 
 
 def check_reported(request: Any, prompt: int) -> None:

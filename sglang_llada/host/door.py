@@ -56,6 +56,8 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
         raise ValueError(NO_EMBEDDINGS)
     sequences = math.inf if request is None else bounds.MOST_SEQUENCES
     bounds.check(obj, bounds.Limits(manager.model_config.vocab_size, manager.context_len, sequences))
+    for name in bounds.REFUSED:  # a no of whatever form becomes the host's
+        setattr(obj, name, getattr(type(obj), name))
     if manager.enable_metrics:
         check_labels(obj.custom_labels or {}, manager.server_args.tokenizer_metrics_allowed_custom_labels or [])
     if obj.return_step_maps:

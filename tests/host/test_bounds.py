@@ -34,11 +34,7 @@ NOT_BOUNDED = {
         "image_max_dynamic_patch video_max_dynamic_patch images_config mm_processor_kwargs return_bytes return_entropy "
         "require_reasoning"
     ),
-    "refused whatever it holds": (
-        "input_embeds watermark return_hidden_states return_routed_experts return_indexer_topk lora_id "
-        "positional_embed_overrides multi_item_delimiter_indices token_indices_to_pool return_sampling_mask "
-        "sampling_logprobs_mode"
-    ),
+    "refused whatever it holds": "watermark sampling_logprobs_mode",
     "yes or no, as the HTTP server parses it": (
         "return_logprob return_text_in_logprobs return_flat_raw_top_logprobs return_flat_raw_output_top_logprobs "
         "return_flat_raw_top_logprobs_b64 stream log_metrics background no_logs return_prompt_token_ids "
@@ -130,7 +126,7 @@ def named() -> list[str]:
 
 def test_every_field_of_the_host_has_its_bound_or_a_reason() -> None:
     fields = {field.name for field in dataclasses.fields(GenerateReqInput)} | {"return_step_maps"}
-    assert sorted(fields) == sorted([*OF[REQUEST], *named()])
+    assert sorted(fields) == sorted([*OF[REQUEST], *bounds.REFUSED, *named()])
     sampling = {field.name for field in msgspec.structs.fields(SamplingParams)}
     assert sampling == {*OF[SAMPLING], *bounds.ALSO_SAMPLING, *OF_NORMALISED}
     assert {field.name for field in msgspec.structs.fields(SessionParams)} == OF[SESSION].keys()
@@ -213,6 +209,29 @@ def test_every_edge_that_is_allowed_is_answered_or_refused(server: Server) -> No
     ]
     assert not wrong, wrong[:20]
     assert statuses[200] > 100, statuses
+    assert server.post("/generate", PLAIN).json()["output_ids"] == want
+    server.flush()
+
+
+WRONG: list[Any] = [True, False, 1, 2**70, math.nan, "x", [], [[]], [None], ["x"], {}, {"x": None}]
+
+
+def test_no_value_of_the_other_fields_is_an_error_of_the_server(server: Server) -> None:
+    want = server.post("/generate", PLAIN).json()["output_ids"]
+    bodies = [PLAIN | {name: value} for name in (*bounds.REFUSED, *named()) for value in WRONG]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        replies = list(pool.map(lambda body: send(server, body), bodies))
+    wrong = [
+        (bounds.shown(body), reply) for body, reply in zip(bodies, replies, strict=True) if reply[0] not in (200, 400)
+    ]
+    assert not wrong, wrong[:20]
+    taken = [
+        value
+        for body, (status, _) in zip(bodies, replies, strict=True)
+        for name, value in body.items()
+        if status == 200 and name in bounds.REFUSED
+    ]
+    assert all(value in (False, [None]) for value in taken), taken
     assert server.post("/generate", PLAIN).json()["output_ids"] == want
     server.flush()
 

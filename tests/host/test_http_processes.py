@@ -1,0 +1,46 @@
+"""Several HTTP processes in front of one scheduler (--tokenizer-worker-num)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.host.conftest import TINY, Case, compare
+from tests.host.serving import Server, serving
+
+pytestmark = pytest.mark.host
+
+# One token a step, so that it runs for a while.
+LONG = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True, "custom_params": {"threshold": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(TINY, tmp_path_factory.mktemp("two") / "log", "--tokenizer-worker-num", "2") as server:
+        yield server
+
+
+def test_every_process_answers(two: Server, cases: list[Case]) -> None:
+    compare(cases[:32], two.generate_all([case.prompt for case in cases[:32]], 40, at_once=8), "two HTTP processes")
+
+
+def test_one_id_from_two_processes_is_refused_and_the_first_goes_on(two: Server) -> None:
+    body = {"rid": "same", "input_ids": [70, 71, 72], "sampling_params": LONG}
+    want = two.generate([70, 71, 72], **LONG)["output_ids"]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(two.post, "/generate", body)
+        while not two.load()["num_running_reqs"]:
+            time.sleep(0.02)
+        said: set[str] = set()
+        while len(said) < 2 and not first.done():
+            reply = two.post("/generate", body)
+            if not first.done():
+                assert reply.status_code == 400, reply.text
+                said.add(reply.json()["error"]["message"])
+        answer = first.result().json()
+        assert answer.get("output_ids") == want, answer
+    assert any("Duplicate request ID" in each for each in said), "the process that has the first one"
+    assert any("that of a request that is not done" in each for each in said), "the other one, through the scheduler"
