@@ -26,9 +26,9 @@ from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
-from sglang_llada.host.executor import Executor, outcome_width
-from sglang_llada.host.failures import Failures
-from sglang_llada.host.scheduler import LladaScheduler
+from sglang_llada.host.engine.executor import Executor, outcome_width
+from sglang_llada.host.engine.failures import Failures
+from sglang_llada.host.engine.scheduler import LladaScheduler
 
 T, MASK = 32, 2
 ROWS = (1, 8, 32, 128)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import sglang_llada
 from sglang_llada import config, plugin
 from sglang_llada.errors import ConfigError, HostMismatch
-from sglang_llada.host import seams
+from sglang_llada.host.seam import check, table
 
 ENTRY_POINT = "sglang_llada"
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -56,17 +56,17 @@ def show_env() -> int:
 
 def show_check() -> int:
     """Every seam with ok or what differs, then the verdict."""
-    host = seams.installed_host()
+    host = check.installed_host()
     differing = 0
-    for seam, difference in seams.compare(seams.SEAMS, host):
+    for seam, difference in check.compare(table.SEAMS, host):
         print(f"{'differs' if difference else 'ok':8} {seam.kind.value:8} {seam.target}")
         if difference:
             differing += 1
             print(f"{'':17} {difference}\n{'':17} needed because: {seam.why}")
-    fits = host.version == seams.RELEASE
-    print(f"{'ok' if fits else 'differs':8} release  sglang {host.version}, expected {seams.RELEASE}")
+    fits = host.version == table.RELEASE
+    print(f"{'ok' if fits else 'differs':8} release  sglang {host.version}, expected {table.RELEASE}")
     reason = exclusion(os.environ)
-    print(f"plugin is {standing(os.environ)}; {differing} of {len(seams.SEAMS)} seams differ")
+    print(f"plugin is {standing(os.environ)}; {differing} of {len(table.SEAMS)} seams differ")
     return 0 if fits and not differing and reason is None else 1
 
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-PLATFORM = "sglang_llada.host.platform.CpuPlatform"
+PLATFORM = "sglang_llada.host.cpu.platform.CpuPlatform"
 
 
 def activate_platform() -> str | None:

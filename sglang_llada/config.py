@@ -258,7 +258,7 @@ class DecodeConfig:
         indel: whether the checkpoint has DELETE and SPLIT.
         sampling: how tokens are drawn; None: the best one, greedily.
         report: the log-probabilities to report; None: none.
-        shaping: the host's record of what the request does to its logits (host/shaping.py); None: nothing.
+        shaping: the host's record of what the request does to its logits (host/requests/shaping.py); None: nothing.
     """
 
     algorithm: str

@@ -2,7 +2,7 @@
 
 A step decides the first open position, and of those after it as many in a row as have probability > threshold
 (strictly). What the grammar allows at the first open position is known, and the others are candidates: the host keeps
-the longest run of them that the grammar accepts (host/grammar.py). At most T steps: each decides a position.
+the longest run of them that the grammar accepts (host/requests/grammar.py). At most T steps: each decides a position.
 """
 
 from __future__ import annotations

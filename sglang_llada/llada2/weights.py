@@ -5,8 +5,8 @@ either may hold an expert matrix per expert or fused, `mlp.experts.gate_proj` [E
 plain, per-expert spelling. Nothing is skipped: a name that is missing, unknown, doubled or misshapen stops the start.
 
 What a quantised matrix is made of only the layer that holds it knows: the host's model says which tensors it wants
-(host/loading.py). Before there is a model, `check_files` holds such a checkpoint to what can be known then: every
-matrix of the network is there in some form, and what is stored as it is has its shape.
+(host/models/parts/loading.py). Before there is a model, `check_files` holds such a checkpoint to what can be known
+then: every matrix of the network is there in some form, and what is stored as it is has its shape.
 """
 
 from __future__ import annotations

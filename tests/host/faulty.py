@@ -15,14 +15,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 VARIABLE = "FAULTS"
 PREFIX = "fault in "
-SCHEDULER, EXECUTOR = "sglang_llada.host.scheduler.LladaScheduler", "sglang_llada.host.executor.Executor"
+SCHEDULER, EXECUTOR = "sglang_llada.host.engine.scheduler.LladaScheduler", "sglang_llada.host.engine.executor.Executor"
 REQUEST, HOST_REQUEST = "sglang_llada.blocks.request.Request", "sglang.srt.managers.schedule_batch.Req"
 GRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar"
 
 # In the order of a request's life.
 STAGES = {
     "handle": "sglang.srt.managers.scheduler.Scheduler._handle_generate_request",
-    "wishes": "sglang_llada.host.scheduler.wishes_of",
+    "wishes": "sglang_llada.host.engine.scheduler.wishes_of",
     "new": f"{SCHEDULER}._new_request",
     "being filled": f"{SCHEDULER}._is_being_filled",
     "fits": f"{SCHEDULER}._fits",
@@ -31,18 +31,18 @@ STAGES = {
     "insert": f"{SCHEDULER}._insert",
     "prompt group": f"{EXECUTOR}._prompt_group",
     "group": f"{EXECUTOR}._group",
-    "shaping": "sglang_llada.host.shaping.Shaping._counts",
-    "noted": "sglang_llada.host.executor.Landed.noted",
+    "shaping": "sglang_llada.host.requests.shaping.Shaping._counts",
+    "noted": "sglang_llada.host.engine.executor.Landed.noted",
     "decide": f"{REQUEST}.decide",
-    "snapshot": "sglang_llada.host.scheduler.snapshot_of",
-    "logprobs": "sglang_llada.host.scheduler.book_logprobs",
-    "prompt logprobs": "sglang_llada.host.scheduler.book_prompt_logprobs",
+    "snapshot": "sglang_llada.host.engine.scheduler.snapshot_of",
+    "logprobs": "sglang_llada.host.engine.scheduler.book_logprobs",
+    "prompt logprobs": "sglang_llada.host.engine.scheduler.book_prompt_logprobs",
     "update": f"{SCHEDULER}._update_finish",
     "update of the host": f"{HOST_REQUEST}.update_finish_state",
     "text": f"{HOST_REQUEST}._check_str_based_finish",
-    "stream": "sglang_llada.host.streaming.traced",
+    "stream": "sglang_llada.host.engine.streaming.traced",
     "stream of the host": f"{HOST_REQUEST}.init_incremental_detokenize",
-    "metrics": "sglang_llada.host.metrics.Metrics.ended",
+    "metrics": "sglang_llada.host.engine.metrics.Metrics.ended",
 }
 # Of a grammar, which does not know its request: named in its pattern.
 GRAMMAR_STAGES = {"accept": f"{GRAMMAR}.accept_token", "fill": f"{GRAMMAR}.fill_vocab_mask"}

@@ -17,9 +17,9 @@ import torch
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from sglang_llada.host import cpu_experts
-from sglang_llada.host.executor import Executor
-from sglang_llada.host.rows import WRITTEN
+from sglang_llada.host.cpu import experts as cpu_experts
+from sglang_llada.host.engine.executor import Executor
+from sglang_llada.host.engine.rows import WRITTEN
 from tests.toy import EOS, make_checkpoint
 
 T, BLOCKS, SLOT = 32, 5, 1

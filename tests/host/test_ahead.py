@@ -181,7 +181,7 @@ class Load:
 
 def scheduler_of(load_rng: random.Random, *, ahead: bool) -> Load:
     from bench.step import idle_scheduler
-    from sglang_llada.host.executor import Executor
+    from sglang_llada.host.engine.executor import Executor
 
     scheduler: Any = idle_scheduler(SLOTS)
     hashed = Hashed()
@@ -209,7 +209,7 @@ def scheduler_of(load_rng: random.Random, *, ahead: bool) -> Load:
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's parallel state, of which an executor asks this, is not up here."""
-    from sglang_llada.host import executor
+    from sglang_llada.host.engine import executor
 
     monkeypatch.setattr(executor, "enable_num_token_non_padded", lambda: False)
 

@@ -12,8 +12,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from torch import Tensor, nn
 
 from sglang_llada.errors import ConfigError, IntegrityError
-from sglang_llada.host import attention
-from sglang_llada.host.attention import KernelAttention
+from sglang_llada.host.attention import backend as attention
+from sglang_llada.host.attention.backend import KernelAttention
 
 pytestmark = pytest.mark.host
 

@@ -15,8 +15,8 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_llada.host import bounds
-from sglang_llada.host.bounds import BOUNDS, OF, REQUEST, SAMPLING, SESSION, Bound, Limits
+from sglang_llada.host.requests import bounds
+from sglang_llada.host.requests.bounds import BOUNDS, OF, REQUEST, SAMPLING, SESSION, Bound, Limits
 from tests.host.serving import ROOT, Server, events
 
 pytestmark = pytest.mark.host

@@ -9,7 +9,8 @@ import pytest
 
 import sglang_llada
 from sglang_llada.__main__ import main
-from sglang_llada.host import seams
+from sglang_llada.host.seam import table
+from sglang_llada.host.seam.table import Kind, Seam
 
 pytestmark = pytest.mark.host
 
@@ -24,7 +25,7 @@ def test_env_names_versions_mode_and_standing(capsys: pytest.CaptureFixture[str]
     assert main(["env"]) == 0
     facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert facts["sglang-llada"] == sglang_llada.__version__
-    assert facts["sglang"] == seams.RELEASE
+    assert facts["sglang"] == table.RELEASE
     assert facts["mode"] == "on (SGLANG_LLADA)"
     assert facts["plugin"] == "active"
     assert "platform" in facts
@@ -39,19 +40,19 @@ def test_env_refuses_an_unknown_mode(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_check_lists_every_seam(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
     out = capsys.readouterr().out
-    assert all(seam.target in out for seam in seams.SEAMS)
+    assert all(seam.target in out for seam in table.SEAMS)
     assert "differs" not in out
     assert "plugin is active" in out
 
 
 def test_check_shows_what_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    row = seams.Seam("sglang.srt.gone:Thing", seams.Kind.HOOK, "(self)", "the reason", "until")
-    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, row))
+    row = Seam("sglang.srt.gone:Thing", Kind.HOOK, "(self)", "the reason", "until")
+    monkeypatch.setattr(table, "SEAMS", (*table.SEAMS, row))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
     assert "module sglang.srt.gone is missing" in out
     assert "the reason" in out
-    assert f"1 of {len(seams.SEAMS)} seams differ" in out
+    assert f"1 of {len(table.SEAMS)} seams differ" in out
 
 
 @pytest.mark.parametrize(

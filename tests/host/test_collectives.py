@@ -43,7 +43,7 @@ class Exchanged(TorchDispatchMode):
 
 def exchanged(runner: Any) -> dict[str, Any]:
     """In a rank's process: what a greedy step exchanges, launch to read."""
-    from sglang_llada.host.executor import Decider, Executor
+    from sglang_llada.host.engine.executor import Decider, Executor
 
     executor = Executor(runner, Decider(runner))
     params, tokens = DecodeConfig.defaults(T), executor.decide.tokens

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # rows, and what the request o
 
 def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
     """What happens in a step of each case, from its launch until it is read, and in the graph of each size."""
-    from sglang_llada.host.executor import Executor
+    from sglang_llada.host.engine.executor import Executor
 
     device = Device(VOCABULARY)
     sizes = sorted({str(rows) for rows, _ in CASES.values()})

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from torch import Tensor
 
-from sglang_llada.host.cpu_attention import RowAttention, Span, join_rows, same_shape
+from sglang_llada.host.attention.cpu import RowAttention, Span, join_rows, same_shape
 
 pytestmark = pytest.mark.host
 

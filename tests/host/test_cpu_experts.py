@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_llada.host.cpu_experts import experts_forward
+from sglang_llada.host.cpu.experts import experts_forward
 
 pytestmark = pytest.mark.host
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config as host
 
-from sglang_llada.host import experts
+from sglang_llada.host.models.parts import experts
 
 pytestmark = pytest.mark.host
 

@@ -20,9 +20,10 @@ from sglang_llada.decode.decide import decide, fresh, idle, numbers
 from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host import executor as executor_module
-from sglang_llada.host.executor import Executor
-from sglang_llada.host.recording import kernel, no_host_reads, recording
-from sglang_llada.host.replay import ReplayBackend
+from sglang_llada.host.engine.executor import Executor
+from sglang_llada.host.operations import kernel
+from sglang_llada.host.replay.backend import ReplayBackend
+from sglang_llada.host.replay.recording import no_host_reads, recording
 
 pytestmark = pytest.mark.host
 

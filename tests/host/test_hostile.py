@@ -95,7 +95,7 @@ def test_commands_that_cannot_be_carried_out_are_answered(narrow: Server) -> Non
 
 def test_a_second_request_with_the_id_of_one_that_is_not_done_is_refused() -> None:
     """With several tokenizer processes the scheduler is the first that sees both."""
-    from sglang_llada.host.scheduler import LladaScheduler
+    from sglang_llada.host.engine.scheduler import LladaScheduler
 
     scheduler: Any = object.__new__(LladaScheduler)
     scheduler.table = SimpleNamespace(get=lambda rid: "known" if rid == "runs" else None)

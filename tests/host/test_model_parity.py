@@ -116,8 +116,8 @@ def told(call: Callable[[], None]) -> str:
 
 def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
     """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
-    from sglang_llada.host.executor import Decider, Executor
-    from sglang_llada.host.rows import WRITTEN
+    from sglang_llada.host.engine.executor import Decider, Executor
+    from sglang_llada.host.engine.rows import WRITTEN
 
     executor = Executor(runner, Decider(runner))
     for slot in range(len(texts)):  # page 0 is the host's, for padding

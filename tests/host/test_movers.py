@@ -12,9 +12,9 @@ import openai
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.host import door
-from sglang_llada.host.admission import no_text
-from sglang_llada.host.plain_text import UNSEEN, rename
+from sglang_llada.host.requests import door
+from sglang_llada.host.requests.plain_text import UNSEEN, rename
+from sglang_llada.host.requests.wishes import no_text
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from tests.host.serving import ROOT, Server, events, serving
 
@@ -67,7 +67,7 @@ load_plugins()
 from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.dllm.config import DllmConfig
 from sglang.srt.server_args import prepare_server_args
-from sglang_llada.host.arguments import decode_config, facts_of
+from sglang_llada.host.start.arguments import decode_config, facts_of
 for command in json.load(sys.stdin):
     args = prepare_server_args(command)
     args.resolve_once()

@@ -61,7 +61,7 @@ def turns(*, overlaps: bool, ahead: bool = False) -> list[Event]:
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's parallel state, of which an executor asks this, is not up here."""
-    from sglang_llada.host import executor
+    from sglang_llada.host.engine import executor
 
     monkeypatch.setattr(executor, "enable_num_token_non_padded", lambda: False)
 

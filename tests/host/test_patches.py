@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_llada.host import seams
+from sglang_llada.host.seam import check
 from tests.host.serving import ROOT
 
 pytestmark = pytest.mark.host
@@ -19,5 +19,5 @@ pytestmark = pytest.mark.host
 def test_a_patch_applies(patch: Path, tmp_path: Path) -> None:
     for name in re.findall(r"^--- a/(\S+)", patch.read_text(), re.M):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(seams.installed_host().root).parent / name, tmp_path / name)
+        shutil.copy(Path(check.installed_host().root).parent / name, tmp_path / name)
     subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, check=True)

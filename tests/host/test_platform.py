@@ -20,8 +20,12 @@ from torch import Tensor, nn
 
 from sglang_llada.accelerator import PLATFORM
 from sglang_llada.errors import ConfigError
-from sglang_llada.host import arguments, attention, cpu_attention, cpu_experts
-from sglang_llada.host.platform import ATTENTION_BACKEND, CpuPlatform
+from sglang_llada.host.attention import backend as attention
+from sglang_llada.host.attention import cpu as cpu_attention
+from sglang_llada.host.cpu import experts as cpu_experts
+from sglang_llada.host.cpu.platform import CpuPlatform
+from sglang_llada.host.facts import ATTENTION_BACKEND
+from sglang_llada.host.start import arguments
 
 pytestmark = pytest.mark.host
 

@@ -15,7 +15,7 @@ import pytest
 from sglang_llada import plugin
 from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
 from sglang_llada.errors import ConfigError, HostMismatch
-from sglang_llada.host import seams
+from sglang_llada.host.seam import check, install
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.config import Llada2Config
 
@@ -67,7 +67,7 @@ def loaded(mode: str) -> dict[str, Any]:
 def test_mode_on_puts_everything_of_ours_in_place_once() -> None:
     report = loaded("on")
     assert report["scheduler"] == "LladaScheduler"
-    assert report["algorithms"]["Threshold"] == "sglang_llada.host.algorithm"
+    assert report["algorithms"]["Threshold"] == "sglang_llada.host.start.algorithm"
     assert report["algorithms"]["LowConfidence"].startswith("sglang.")  # other architectures use it
     assert report["config"] == "sglang_llada.llada2.config"
     assert report["steps"] == {"handle_missing_default_values": 1}
@@ -81,7 +81,7 @@ def test_mode_off_leaves_the_stock_code_in_place() -> None:
     report = loaded("off")
     assert report["scheduler"] == "Scheduler"
     assert "Threshold" not in report["algorithms"]
-    assert report["config"] == "sglang_llada.host.stock"
+    assert report["config"] == "sglang_llada.host.start.stock"
     assert report["steps"] == {"handle_missing_default_values": 1}
     assert "sglang.srt.dllm.config.DllmConfig.from_server_args" in report["patched"]
     assert "sglang.srt.model_loader.utils.get_model_architecture" not in report["hooks"]
@@ -109,7 +109,7 @@ def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytes
 
     hooked: list[str] = []
     monkeypatch.setenv("SGLANG_LLADA", mode.value)
-    monkeypatch.setattr(seams, "require", mismatch)
+    monkeypatch.setattr(check, "require", mismatch)
     for name in (
         "register_config",
         "hook_arguments",
@@ -118,8 +118,8 @@ def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytes
         "replace_scheduler",
         "hook_graphs",
     ):
-        monkeypatch.setattr(plugin, name, lambda *_, name=name: hooked.append(name))
-    plugin.install.cache_clear()
+        monkeypatch.setattr(install, name, lambda *_, name=name: hooked.append(name))
+    install.install.cache_clear()
     with pytest.raises(SystemExit, match="another release"):
         plugin.register()
     assert hooked == []
@@ -129,8 +129,8 @@ def test_any_other_failure_stops_the_process_too(monkeypatch: pytest.MonkeyPatch
     def fail(mode: Mode) -> None:
         raise ImportError("no such module")
 
-    monkeypatch.setattr(plugin, "register_config", fail)
-    plugin.install.cache_clear()
+    monkeypatch.setattr(install, "register_config", fail)
+    install.install.cache_clear()
     with pytest.raises(SystemExit, match="cannot start: ImportError: no such module"):
         plugin.register()
 
@@ -141,7 +141,7 @@ def test_any_other_failure_stops_the_process_too(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module under test, with the facts of a checkpoint that needs no files."""
-    from sglang_llada.host import arguments
+    from sglang_llada.host.start import arguments
 
     monkeypatch.setattr(arguments, "facts_of", lambda path, revision: FACTS)
     monkeypatch.setattr(arguments, "check_files", lambda folder, declared: None)
@@ -185,7 +185,7 @@ def test_on_a_gpu_attention_is_ours(arguments: Any, llada2: str, card: Any, capa
     card(*capability)
     args = filled(arguments, Mode.ON, model_path=llada2, device="cuda")
     assert args.attention_backend == "llada_rows"
-    from sglang_llada.host.algorithm import OwnAlgorithm
+    from sglang_llada.host.start.algorithm import OwnAlgorithm
 
     assert args.attention_backend in OwnAlgorithm.supported_attention_backends  # or graphs would make it flashinfer
 

@@ -36,7 +36,9 @@ def mode(request: pytest.FixtureRequest) -> Any:
 def test_the_hosts_reader_takes_a_published_configuration(name: str, trust: bool, mode: Mode, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published(name)))  # which names code that is not there
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust)
-    assert type(config).__module__ == ("sglang_llada.llada2.config" if mode is Mode.ON else "sglang_llada.host.stock")
+    assert type(config).__module__ == (
+        "sglang_llada.llada2.config" if mode is Mode.ON else "sglang_llada.host.start.stock"
+    )
     assert config.model_type == published(name)["model_type"]
     assert (config.rope_theta, config.rotary_dim) == (3_000_000 if "2.2" in name else 600_000, 64)
     assert config.is_dense(0) and not config.is_dense(1)
@@ -52,7 +54,7 @@ def test_the_hosts_reader_takes_a_published_configuration(name: str, trust: bool
 def test_a_model_of_images_stops_the_start(mode: Mode, tmp_path: Path) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_llada.host.arguments import fill_in
+    from sglang_llada.host.start.arguments import fill_in
 
     (tmp_path / "config.json").write_text(json.dumps(published("LLaDA2.0-Uni")))
     with pytest.raises(ConfigError, match="only models of text are served"):
@@ -62,7 +64,7 @@ def test_a_model_of_images_stops_the_start(mode: Mode, tmp_path: Path) -> None:
 def test_what_nobody_knows_is_said_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_llada.host.arguments import fill_in
+    from sglang_llada.host.start.arguments import fill_in
 
     folder = write("LLaDA2.0-mini", tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -88,7 +90,7 @@ def test_an_override_that_would_not_be_heard_is_refused(
 ) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_llada.host.arguments import fill_in
+    from sglang_llada.host.start.arguments import fill_in
 
     folder = write("LLaDA2.0-mini", tmp_path)
     args = ServerArgs(model_path=str(folder), json_model_override_args=json.dumps(override))

@@ -52,7 +52,7 @@ class FakeModel:
 
 
 def executor(model: FakeModel) -> Any:
-    from sglang_llada.host.executor import Executor
+    from sglang_llada.host.engine.executor import Executor
 
     runner = SimpleNamespace(
         device="cpu",
@@ -73,7 +73,7 @@ def test_the_next_step_is_the_same_before_calm_rows_decisions_are_taken(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang_llada.host import executor as module
-    from sglang_llada.host.rows import Writer
+    from sglang_llada.host.engine.rows import Writer
 
     monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
     rng, table, model = random.Random(seed), Table(), FakeModel()

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from sglang_llada.errors import HostMismatch
-from sglang_llada.host import seams
-from sglang_llada.host.seams import SEAMS, Host, Kind, Seam
+from sglang_llada.host.seam import check
+from sglang_llada.host.seam.check import Host, differences
+from sglang_llada.host.seam.table import SEAMS, Kind, Seam
 
 pytestmark = pytest.mark.host
 
@@ -33,7 +34,7 @@ def source_file(module: str, root: Path) -> Path:
 @pytest.fixture
 def copy(tmp_path: Path) -> Host:
     """A host of only those files that the table names, to be doctored."""
-    installed = seams.installed_host()
+    installed = check.installed_host()
     for module in {seam.target.partition(":")[0] for seam in SEAMS}:
         original = source_file(module, installed.root)
         target = tmp_path / original.relative_to(installed.root)
@@ -51,21 +52,21 @@ def doctor(host: Host, module: str, old: str, new: str) -> None:
 
 
 def test_installed_host_fits() -> None:
-    assert seams.check() == []
+    assert differences() == []
 
 
 def test_a_host_is_checked_once_for_a_process_and_its_children(copy: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(seams.CHECKED, raising=False)
+    monkeypatch.delenv(check.CHECKED, raising=False)
     checked: list[Host] = []
-    monkeypatch.setattr(seams, "check", lambda table, host: checked.append(host) or [])
-    seams.require()
-    seams.require()
-    seams.require(host=copy)
-    assert checked == [seams.installed_host(), copy]
+    monkeypatch.setattr(check, "check", lambda table, host: checked.append(host) or [])
+    check.require()
+    check.require()
+    check.require(host=copy)
+    assert checked == [check.installed_host(), copy]
 
 
 def test_untouched_copy_fits(copy: Host) -> None:
-    assert seams.check(host=copy) == []
+    assert differences(host=copy) == []
 
 
 def test_targets_are_unique_and_explained() -> None:
@@ -75,7 +76,7 @@ def test_targets_are_unique_and_explained() -> None:
 
 def test_renamed_function_is_found(copy: Host) -> None:
     doctor(copy, ARGUMENTS, "def handle_missing_default_values(", "def handle_absent_values(")
-    assert seams.check(host=copy) == [
+    assert differences(host=copy) == [
         f"{ARGUMENTS}:handle_missing_default_values: handle_missing_default_values is missing from {ARGUMENTS}"
     ]
 
@@ -83,28 +84,28 @@ def test_renamed_function_is_found(copy: Host) -> None:
 def test_renamed_class_is_found_in_every_row_of_it(copy: Host) -> None:
     doctor(copy, SCHEDULER, "class Scheduler(", "class BatchScheduler(")
     rows = [seam for seam in SEAMS if seam.target.startswith(f"{SCHEDULER}:Scheduler")]
-    assert len(seams.check(host=copy)) == len(rows) >= 2
+    assert len(differences(host=copy)) == len(rows) >= 2
 
 
 def test_changed_signature_is_found(copy: Host) -> None:
     doctor(
         copy, ARGUMENTS, "def handle_missing_default_values(server_args: Any)", "def handle_missing_default_values(cfg)"
     )
-    assert seams.check(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: is (cfg), expected (server_args)"]
+    assert differences(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: is (cfg), expected (server_args)"]
 
 
 def test_missing_module_is_found(copy: Host) -> None:
     source_file(ARGUMENTS, copy.root).unlink()
-    assert seams.check(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: module {ARGUMENTS} is missing"]
+    assert differences(host=copy) == [f"{ARGUMENTS}:handle_missing_default_values: module {ARGUMENTS} is missing"]
 
 
 def test_function_that_became_a_class_is_found() -> None:
-    assert seams.signature_of(ast.parse("class f: pass").body[0]) == "class"
+    assert check.signature_of(ast.parse("class f: pass").body[0]) == "class"
 
 
 def test_other_release_is_found_even_if_every_row_fits(copy: Host) -> None:
-    assert seams.check(host=dataclasses.replace(copy, version="0.5.24")) == [
-        f"release is 0.5.24, expected {seams.RELEASE}"
+    assert differences(host=dataclasses.replace(copy, version="0.5.24")) == [
+        f"release is 0.5.24, expected {check.RELEASE}"
     ]
 
 
@@ -113,10 +114,10 @@ def test_require_lists_every_difference_in_one_message(copy: Host) -> None:
     source_file(SCHEDULER, copy.root).unlink()
     host = dataclasses.replace(copy, version="0.6.0")
     with pytest.raises(HostMismatch) as error:
-        seams.require(host=host)
-    assert len(seams.check(host=host)) >= 4
-    assert all(difference in str(error.value) for difference in seams.check(host=host))
-    assert f"Install sglang=={seams.RELEASE}" in str(error.value)
+        check.require(host=host)
+    assert len(differences(host=host)) >= 4
+    assert all(difference in str(error.value) for difference in differences(host=host))
+    assert f"Install sglang=={check.RELEASE}" in str(error.value)
 
 
 def test_a_mismatch_passes_through_the_handlers_of_the_host() -> None:
@@ -138,9 +139,9 @@ def test_a_mismatch_passes_through_the_handlers_of_the_host() -> None:
     ],
 )
 def test_signatures_have_one_form(source: str, signature: str) -> None:
-    found = seams.find(ast.parse(source), ["f"])
+    found = check.find(ast.parse(source), ["f"])
     assert found is not None
-    assert seams.signature_of(found) == signature
+    assert check.signature_of(found) == signature
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,9 @@ def test_signatures_have_one_form(source: str, signature: str) -> None:
     ],
 )
 def test_names_are_found_where_python_would_bind_them(source: str, name: str, signature: str) -> None:
-    found = seams.find(ast.parse(source), name.split("."))
+    found = check.find(ast.parse(source), name.split("."))
     assert found is not None
-    assert seams.signature_of(found) == signature
+    assert check.signature_of(found) == signature
 
 
 @pytest.mark.parametrize(
@@ -170,15 +171,15 @@ def test_names_are_found_where_python_would_bind_them(source: str, name: str, si
     ],
 )
 def test_names_that_are_only_read_or_local_are_not_found(source: str, name: str) -> None:
-    assert seams.find(ast.parse(source), name.split(".")) is None
+    assert check.find(ast.parse(source), name.split(".")) is None
 
 
 def test_rows_can_be_checked_without_the_table(copy: Host) -> None:
     row = Seam("sglang.srt.dllm.config:DllmConfig.nothing", Kind.USE, "(self)", "why", "until")
-    assert seams.check([row], copy) == [f"{row.target}: DllmConfig.nothing is missing from sglang.srt.dllm.config"]
+    assert differences([row], copy) == [f"{row.target}: DllmConfig.nothing is missing from sglang.srt.dllm.config"]
 
 
-HOST_ROOM = Path(seams.__file__).parent
+HOST_ROOM = Path(check.__file__).parents[1]
 PLUGIN = HOST_ROOM.parent / "plugin.py"
 NAMED = {seam.target for seam in SEAMS}
 SCHEDULER_CLASSES = (f"{SCHEDULER}:Scheduler", "sglang.srt.dllm.mixin.scheduler:SchedulerDllmMixin")
@@ -218,7 +219,7 @@ def test_an_import_without_a_row_would_be_found() -> None:
 
 def test_everything_that_our_scheduler_takes_from_the_host_has_a_row() -> None:
     """What it overrides and what it reads from self without defining or assigning it."""
-    tree = ast.parse((HOST_ROOM / "scheduler.py").read_text(encoding="utf-8"))
+    tree = ast.parse((HOST_ROOM / "engine" / "scheduler.py").read_text(encoding="utf-8"))
     ours = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LladaScheduler")
     methods = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
     on_self = [
@@ -236,23 +237,23 @@ def test_everything_that_our_scheduler_takes_from_the_host_has_a_row() -> None:
 
 def bound_by_host(name: str) -> bool:
     """Whether the host's scheduler or its diffusion part has a member of this name."""
-    root = seams.installed_host().root
+    root = check.installed_host().root
     for target in SCHEDULER_CLASSES:
         module, _, owner = target.partition(":")
-        tree = TREES.setdefault(module, seams.parse(module, root))
+        tree = TREES.setdefault(module, check.parse(module, root))
         assert tree is not None
-        if seams.find(tree, [owner, name], SCOPES) is not None:
+        if check.find(tree, [owner, name], SCOPES) is not None:
             return True
     return False
 
 
 TREES: dict[str, ast.Module | None] = {}
-SCOPES: seams.Scopes = {}
+SCOPES: check.Scopes = {}
 
 
 def test_check_takes_less_than_a_few_seconds() -> None:
     begin = time.process_time()
-    seams.check()
+    differences()
     assert time.process_time() - begin < 3
     assert gc.isenabled()
 
@@ -269,14 +270,14 @@ def test_check_takes_less_than_a_few_seconds() -> None:
     ],
 )
 def test_server_and_check_refuse_a_doctored_host(tmp_path: Path, changed: str, said: str) -> None:
-    overlay(tmp_path, seams.installed_host().root, Path("srt/arg_groups/serving_hook.py"))
+    overlay(tmp_path, check.installed_host().root, Path("srt/arg_groups/serving_hook.py"))
     doctor(
-        Host(seams.RELEASE, tmp_path / "sglang"),
+        Host(check.RELEASE, tmp_path / "sglang"),
         ARGUMENTS,
         "def handle_missing_default_values(",
         changed,
     )
-    server, check = (
+    server, checked = (
         subprocess.run(
             [sys.executable, "-m", *command],
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
@@ -295,8 +296,8 @@ def test_server_and_check_refuse_a_doctored_host(tmp_path: Path, changed: str, s
     assert "the installed SGLang is not the release that it was written for" in server.stderr
     assert said in server.stderr
     assert "no-model" not in server.stderr  # it never came to look for the model
-    assert check.returncode == 1
-    assert said in check.stdout + check.stderr
+    assert checked.returncode == 1
+    assert said in checked.stdout + check.stderr
 
 
 def overlay(folder: Path, package: Path, changed: Path) -> None:

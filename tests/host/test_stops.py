@@ -11,7 +11,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import MAX_LEN, SamplingParams, get_max_seq_length
 
-from sglang_llada.host import stops
+from sglang_llada.host.requests import stops
 from tests.host.serving import Server
 
 pytestmark = pytest.mark.host

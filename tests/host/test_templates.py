@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from examples.tiny_llada2.tokenizer import TEMPLATES
-from sglang_llada.host.arguments import parsers
-from sglang_llada.host.templates import call_parser, chat_template
+from sglang_llada.host.start.arguments import parsers
+from sglang_llada.host.start.templates import call_parser, chat_template
 
 pytestmark = pytest.mark.host
 

@@ -14,8 +14,8 @@ from sglang.srt.function_call.json_array_parser import JsonArrayParser
 from sglang.srt.parser.beam import BEAM_RESPONSE_TEMPLATE
 from transformers import PreTrainedTokenizerFast
 
-from sglang_llada.host.grammar import bound_tags
-from sglang_llada.host.tools import READINGS, PiecewiseCalls, PiecewiseThinking
+from sglang_llada.host.requests.grammar import bound_tags
+from sglang_llada.host.requests.tools import READINGS, PiecewiseCalls, PiecewiseThinking
 from tests.host.formats import FORMATS, PROSE, Calls, json_of
 from tests.host.serving import ROOT
 

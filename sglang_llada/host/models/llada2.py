@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from sglang_llada.decode.select import Exchange, Head
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.loading import load_tensors
+from sglang_llada.host.models.parts.loading import load_tensors
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.router import products, router_of, split, summed
 from sglang_llada.llada2.weights import PREFIXES, as_it_is
@@ -249,7 +249,7 @@ class MoE(nn.Module):
         # A shared expert is one more expert that every token visits, where that is possible.
         self.joined = int(joins_shared_expert(c, quant_config))
         if self.joined:
-            from sglang_llada.host.experts import joined  # its module of the host's is for GPUs
+            from sglang_llada.host.models.parts.experts import joined  # its module of the host's is for GPUs
 
             joined(c.num_experts)
         self.experts = get_moe_impl_class(quant_config)(

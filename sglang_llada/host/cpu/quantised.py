@@ -199,7 +199,7 @@ def run_experts(layer: Any, dispatch_output: Any) -> Any:
     """A quantised expert layer."""
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-    from sglang_llada.host.cpu_experts import experts_forward
+    from sglang_llada.host.cpu.experts import experts_forward
 
     x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
     return StandardCombineInput(hidden_states=experts_forward(layer.wide, x, topk, layer.moe_runner_config))

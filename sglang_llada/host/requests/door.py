@@ -1,8 +1,8 @@
 """What users send and the host would drop, or stumble over, is taken or refused with a sentence; the server goes on.
 
 Hooks of the host's functions around its HTTP side, Engine and weight updates. Whatever a generate request asks for
-beyond that is decided in host/admission.py. Requests and weights of other models pass here too: what is refused of
-theirs would have failed anyway.
+beyond that is decided in wishes.py. Requests and weights of other models pass here too: what is refused of theirs would
+have failed anyway.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_llada.errors import ConfigError
-from sglang_llada.host import bounds
-from sglang_llada.host.arguments import is_ours
+from sglang_llada.host.facts import is_ours
+from sglang_llada.host.requests import bounds
 
 NO_SCORES = (
     "scores, ranks and decisions are not supported: they need the log-probability of what would come next, and LLaDA2 "

@@ -61,7 +61,7 @@ class Wishes:
 
 
 def wishes_of(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> Wishes:
-    """What a host request wants, whose numbers were held against host/bounds.py.
+    """What a host request wants, whose numbers were held against host/requests/bounds.py.
 
     Raises:
         ConfigError: it asks for what is not done here, its prompt is no text, or custom_params or the custom logit

@@ -14,12 +14,8 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_llada.config import REPLAY_VARIABLE, read_switch
+from sglang_llada.host.facts import ATTENTION_BACKEND
 
-ATTENTION_BACKEND = "llada_rows"
-# Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
-# ENCODER_ONLY layers, and leave writing to the model where it asks for that.
-ATTENTION_BACKENDS = ("flashinfer", "triton", "torch_native", ATTENTION_BACKEND)
-RUN_ON_CPU = ("triton", "torch_native", ATTENTION_BACKEND)  # Triton's in its interpreter
 KV_TOKENS = 262_144  # where the user gives no --max-total-tokens: memory is shared with everything else on the machine
 
 
@@ -27,6 +23,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """CPU through torch operations."""
 
     _enum = PlatformEnum.OOT
+    graph_backend: type[Any]  # set where graphs are hooked, if this platform replays them
 
     def __init__(self) -> None:
         self.replays = read_switch(os.environ, REPLAY_VARIABLE, default=False)
@@ -46,15 +43,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_full_graph_backend_cls(self) -> type[Any]:
         """What stands for CUDA graphs here."""
-        from sglang_llada.host.replay import ReplayBackend
-
-        return ReplayBackend
+        return self.graph_backend
 
     def get_quantization_config(self, quantization: str) -> type[Any]:
         """The host's, of its CPU engine where that has one of its own, with layers that we run."""
         from sglang.srt.layers import quantization as methods
 
-        from sglang_llada.host.cpu_quantised import on_cpu
+        from sglang_llada.host.cpu.quantised import on_cpu
 
         return on_cpu((methods.QUANTIZATION_METHODS | methods.CPU_QUANTIZATION_METHODS)[quantization])
 
@@ -75,8 +70,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers import dp_attention
         from sglang.srt.model_executor import forward_batch_info
 
-        from sglang_llada.host import attention
-        from sglang_llada.host.recording import kernel
+        from sglang_llada.host.attention import backend as attention
+        from sglang_llada.host.operations import kernel
 
         attention.register()
         # The host has torch code for both, which it takes on its own CPU engine only.
@@ -88,7 +83,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def post_load_model(self, model: Any) -> None:
         """Take over the expert layers of LLaDA2; called in each worker once weights are loaded."""
-        from sglang_llada.host import cpu_experts
+        from sglang_llada.host.cpu import experts as cpu_experts
 
         cpu_experts.adopt(model)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from sglang_llada.host.arguments import facts_of, is_ours
+from sglang_llada.host.facts import facts_of, is_ours
 
 UNSEEN = "\u2060"  # a word joiner
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import HTTPException
 from sglang.srt.managers.io_struct import ProfileReqOutput, ProfileReqType
 
-from sglang_llada.host.bounds import shown
+from sglang_llada.host.requests.bounds import shown
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,7 @@ from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeat
 from sglang_llada.decode.logprobs import report
 from sglang_llada.decode.sampling import uniform, warm_up
 from sglang_llada.decode.whole import Group, Shape, order
-from sglang_llada.host.arguments import facts_of, row_budget
-from sglang_llada.host.rows import (
+from sglang_llada.host.engine.rows import (
     SLOT,
     SOURCE,
     START,
@@ -49,6 +48,7 @@ from sglang_llada.host.rows import (
     offsets,
     unfold,
 )
+from sglang_llada.host.facts import facts_of, row_budget
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 

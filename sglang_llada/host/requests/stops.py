@@ -19,7 +19,7 @@ import regex
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.sampling.sampling_params import MAX_LEN
 
-from sglang_llada.host.bounds import shown
+from sglang_llada.host.requests.bounds import shown
 
 SECONDS = 0.05  # of the scheduler's thread, for a request in a step
 MOST_TAIL = 512  # tokens at the end of an answer that a stop_regex without a longest match is looked for in

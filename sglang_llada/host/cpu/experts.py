@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
-from sglang_llada.host.recording import kernel
+from sglang_llada.host.operations import kernel
 from sglang_llada.llada2.config import ARCHITECTURE
 
 TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"

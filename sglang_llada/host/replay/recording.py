@@ -8,20 +8,18 @@ depends on data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_llada.errors import IntegrityError
-
-F = TypeVar("F", bound=Callable[..., Any])
+from sglang_llada.host.operations import ACTIVE
 
 HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__)  # a value's way out without an operation
 
@@ -73,9 +71,6 @@ class Recording:
             raise IntegrityError(
                 f"a replayed step has {len(self.operations)} operations; captured were {len(captured.operations)}"
             )
-
-
-ACTIVE: list[Recording] = []  # the recording that runs, if any
 
 
 @contextmanager
@@ -132,21 +127,6 @@ def refuse(operation: Any, args: Any) -> None:
 def has_mask(indices: Any) -> bool:
     """Whether an index picks by truth values."""
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def kernel(function: F) -> F:
-    """Mark a function as one operation of a graph."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not ACTIVE:
-            return function(*args, **kwargs)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            result = function(*args, **kwargs)
-        ACTIVE[-1].add(function.__qualname__, (args, kwargs), result)
-        return result
-
-    return run  # type: ignore[return-value]
 
 
 def address(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 What passes fits the integers and tensors that it ends up in, and is no work that others would wait for. The check runs
 before anything is built of a request. What a value means, and whether it fits the others, is for the host and
-host/admission.py to say. Fields that are not here are listed with the reason in tests/host/test_bounds.py.
+host/requests/wishes.py to say. Fields that are not here are listed with the reason in tests/host/test_bounds.py.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from torch import Tensor
 
 from sglang_llada.errors import ConfigError, IntegrityError
-from sglang_llada.host import cpu_attention
-from sglang_llada.host.platform import ATTENTION_BACKEND
+from sglang_llada.host.attention import cpu as cpu_attention
+from sglang_llada.host.facts import ATTENTION_BACKEND
 from sglang_llada.llada2 import attention_triton
 
 logger = logging.getLogger(__name__)

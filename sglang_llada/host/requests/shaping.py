@@ -17,8 +17,8 @@ from sglang_llada.decode import shaping
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Shape
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.admission import Wishes
-from sglang_llada.host.grammar import Matcher
+from sglang_llada.host.requests.grammar import Matcher
+from sglang_llada.host.requests.wishes import Wishes
 
 NO_PENALTIES = (1.0, 0.0, 0.0)
 

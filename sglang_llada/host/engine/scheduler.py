@@ -65,15 +65,15 @@ from sglang_llada.blocks import (
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.decode.decide import fresh, numbers
 from sglang_llada.errors import ConfigError, IntegrityError
-from sglang_llada.host.admission import ends_of_tokenizer, report_of, wishes_of
-from sglang_llada.host.arguments import decode_config, facts_of, is_ours, row_budget
-from sglang_llada.host.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
-from sglang_llada.host.failures import Failures, carried_out, log
-from sglang_llada.host.grammar import conform
-from sglang_llada.host.metrics import Metrics
-from sglang_llada.host.shaping import shaping_of
-from sglang_llada.host.stops import MOST_TAIL
-from sglang_llada.host.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs, snapshot_of
+from sglang_llada.host.engine.executor import Decider, Decision, Executor, InFlight, Landed, to_device, tokens_of
+from sglang_llada.host.engine.failures import Failures, carried_out, log
+from sglang_llada.host.engine.metrics import Metrics
+from sglang_llada.host.engine.streaming import LladaOutputStreamer, book_logprobs, book_prompt_logprobs, snapshot_of
+from sglang_llada.host.facts import decode_config, facts_of, is_ours, row_budget
+from sglang_llada.host.requests.grammar import conform
+from sglang_llada.host.requests.shaping import shaping_of
+from sglang_llada.host.requests.stops import MOST_TAIL
+from sglang_llada.host.requests.wishes import ends_of_tokenizer, report_of, wishes_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import Bas
 from torch import Tensor
 
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.arguments import is_ours
-from sglang_llada.host.graphs import RowGraphRunner
-from sglang_llada.host.recording import Recording, kernel, recording, tensors
-from sglang_llada.host.rows import SLOT
+from sglang_llada.host.engine.graphs import RowGraphRunner
+from sglang_llada.host.engine.rows import SLOT
+from sglang_llada.host.facts import is_ours
+from sglang_llada.host.operations import kernel
+from sglang_llada.host.replay.recording import Recording, recording, tensors
 
 POISON_TOKEN, POISON_FIELD = 1, 7  # for what padded rows are given
 

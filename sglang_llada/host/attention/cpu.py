@@ -23,7 +23,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from sglang_llada.host.recording import kernel
+from sglang_llada.host.operations import kernel
 
 CAUSAL_CHUNK = 256  # queries that share a mask; a whole prompt's mask would be length x length
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from sglang_llada.decode.contract import StepOut
 from sglang_llada.decode.decide import pack
 from sglang_llada.decode.transfer import copy_to
-from sglang_llada.host import attention
-from sglang_llada.host.arguments import is_ours
-from sglang_llada.host.attention import KernelAttention
-from sglang_llada.host.executor import Decider, forward_rows
-from sglang_llada.host.rows import WRITTEN, Numbers, unfold
+from sglang_llada.host.attention import backend as attention
+from sglang_llada.host.attention.backend import KernelAttention
+from sglang_llada.host.engine.executor import Decider, forward_rows
+from sglang_llada.host.engine.rows import WRITTEN, Numbers, unfold
+from sglang_llada.host.facts import is_ours
 
 
 @dataclass(kw_only=True)

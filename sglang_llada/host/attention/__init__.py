@@ -1,0 +1,1 @@
+"""Attention of rows, as a backend of the host."""

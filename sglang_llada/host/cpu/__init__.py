@@ -1,0 +1,1 @@
+"""The host on a machine without an accelerator."""

@@ -1,0 +1,1 @@
+"""The scheduler and what it works with: rows, executor, graphs, booking, streaming."""

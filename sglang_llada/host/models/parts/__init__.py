@@ -1,0 +1,1 @@
+"""What the model class is made with: weights into parameters, settings of kernels."""

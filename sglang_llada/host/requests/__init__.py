@@ -1,0 +1,1 @@
+"""What a request asks for: read, held against bounds, honoured or refused."""

@@ -1,0 +1,237 @@
+"""The hooks on the host, put in place once in each process of a server.
+
+What costs time to import is imported where it is needed: most processes need little of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from sglang_llada.config import Mode
+from sglang_llada.errors import ConfigError
+
+MODEL_PACKAGE = "sglang_llada.host.models"
+
+
+@cache
+def install(mode: Mode) -> None:
+    """Check the host, then hook it. The mode's own part is the class of the scheduler, of the model and the algorithms.
+
+    Raises:
+        HostMismatch: the installed SGLang is not the release that the seams describe.
+    """
+    from sglang_llada.host.seam import check
+
+    check.require()
+    register_config(mode)
+    hook_arguments(mode)
+    load_in_http_processes()
+    replays = prepare_cpu()
+    if mode is Mode.ON:
+        from sglang_llada.host.start.algorithm import register_algorithms
+
+        register_algorithms()
+        hook_model_class()
+        hook_sampling_defaults()
+        hook_door()
+        bound_stops()
+        hook_profiles()
+        widen_rows()
+        replace_parsers()
+        hook_grammars()
+        replace_scheduler()
+        hook_graphs(replays)
+
+
+def register_config(mode: Mode) -> None:
+    """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
+    from transformers import AutoConfig
+
+    from sglang_llada.host.start.stock import StockConfig, StockMergedConfig
+    from sglang_llada.llada2.config import Llada2Config, MergedConfig
+
+    for config in (Llada2Config, MergedConfig) if mode is Mode.ON else (StockConfig, StockMergedConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def hook_arguments(mode: Mode) -> None:
+    """Complete server arguments, and correct the facts that the host reads from a table of architecture names."""
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.facts import ATTENTION_BACKEND
+    from sglang_llada.host.start.arguments import correct_facts, fill_in, fill_in_platform, settle_quantisation
+
+    def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
+        try:
+            fill_in_platform(server_args)
+            previous(server_args)
+            fill_in(server_args, mode)
+        except ConfigError as error:
+            raise SystemExit(f"sglang-llada: {error}") from None
+
+    def correct(config: Any, server_args: Any) -> Any:
+        return correct_facts(config, server_args, mode)
+
+    add_attention_backend_choices([ATTENTION_BACKEND])
+    register_resolution_hook("handle_missing_default_values")(fill_in_after)
+    HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
+    verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
+    HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
+
+
+def load_in_http_processes() -> None:
+    """The processes of --tokenizer-worker-num load the plugins, too, unless the user has an app of their own."""
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
+        envs.SGLANG_HTTP_SERVER_APP_PATH.set("sglang_llada.host.requests.http_app:app")
+
+
+def prepare_cpu() -> bool:
+    """On our CPU platform, repair what the host's expert layers get wrong there; whether it is to replay graphs."""
+    from sglang.srt.platforms import current_platform
+
+    if not type(current_platform).__module__.startswith("sglang_llada."):
+        return False
+    from sglang_llada.host.cpu import experts as cpu_experts
+
+    cpu_experts.install()
+    replays: bool = current_platform.replays
+    return replays
+
+
+def hook_model_class() -> None:
+    """Register our model class when a process first looks one up: importing the registry costs 3 s, and few need it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", register_model_class, HookType.BEFORE)
+
+
+def register_model_class(*args: Any, **kwargs: Any) -> None:
+    """Put our model class in the place of the host's. Runs before a lookup and leaves its arguments as they are."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
+
+
+def hook_sampling_defaults() -> None:
+    """A chat request that names no temperature is decoded greedily."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.start.arguments import default_to_greedy
+
+    target = "sglang.srt.configs.model_config.ModelConfig.get_default_sampling_params"
+    HookRegistry.register(target, default_to_greedy, HookType.AFTER)
+
+
+def hook_door() -> None:
+    """Refuse what would be dropped, or end badly, before the scheduler hears of it; what its answers come to say."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.requests import door, meta_info, plain_text
+
+    completions = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
+    HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
+    request = "sglang.srt.managers.io_struct.GenerateReqInput"
+    HookRegistry.register(request, door.OpenGenerateReqInput, HookType.REPLACE)
+    for generate in ("generate", "async_generate"):
+        target = f"sglang.srt.entrypoints.engine.Engine.{generate}"
+        HookRegistry.register(target, door.take_step_maps, HookType.AROUND)
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, HookType.AFTER)
+    HookRegistry.register(f"{manager}.generate_request", door.admit, HookType.BEFORE)
+    HookRegistry.register(f"{manager}._validate_one_request", door.check_prompt, HookType.BEFORE)
+    HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
+    scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin.score_request"
+    HookRegistry.register(scores, door.refuse_scores, HookType.BEFORE)
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
+    HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+
+
+def bound_stops() -> None:
+    """Stop expressions are read, and looked for in answers, with a bound."""
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.requests import stops
+
+    HookRegistry.register("sglang.srt.sampling.sampling_params.get_max_seq_length", stops.read, HookType.AROUND)
+    check = "sglang.srt.managers.schedule_batch.Req._check_str_based_finish"
+    HookRegistry.register(check, stops.within_time, HookType.AROUND)
+    schedule_batch.re = stops.SEARCH  # a hook of re.search would be one of everybody's
+
+
+def hook_profiles() -> None:
+    """A profile that cannot be recorded is an answer, and no end of the scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.engine import profiling
+
+    recorder = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
+    HookRegistry.register(f"{recorder}._profile", profiling.on_request, HookType.AROUND)
+    HookRegistry.register(f"{recorder}._profile_batch_predicate", profiling.on_step, HookType.AROUND)
+    control = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin._execute_profile"
+    HookRegistry.register(control, profiling.answer, HookType.AROUND)
+
+
+def widen_rows() -> None:
+    """Rows of req_to_token have room for a last block that ends behind the context length."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.start.arguments import room_behind
+
+    target = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
+    HookRegistry.register(target, room_behind, HookType.AFTER)
+
+
+def replace_parsers() -> None:
+    """Put parsers that take many tokens at once in the place of the host's, which read answers for its endpoints."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.requests.tools import PiecewiseCalls, PiecewiseThinking
+
+    calls = "sglang.srt.function_call.function_call_parser.FunctionCallParser"
+    HookRegistry.register(calls, PiecewiseCalls, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, HookType.REPLACE)
+
+
+def hook_grammars() -> None:
+    """Tool calls whose grammar has an end."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.requests.grammar import bound_tags
+
+    target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
+    HookRegistry.register(target, bound_tags, HookType.BEFORE)
+
+
+def replace_scheduler() -> None:
+    """Put our scheduler class in the place of the host's, in every process that imports it from now on."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.engine.scheduler import LladaScheduler
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, HookType.REPLACE)
+
+
+def hook_graphs(replays: bool) -> None:
+    """Capture whole steps; give attention buffers for rows. With `replays`, do so on the CPU too."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.engine import graphs
+
+    model_runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{model_runner}._decode_cuda_graph_runner_cls", graphs.graph_runner_class, HookType.AFTER)
+    HookRegistry.register(f"{model_runner}.init_attention_backends", graphs.build_attention, HookType.AROUND)
+    if replays:
+        from sglang_llada.host.cpu.platform import CpuPlatform
+        from sglang_llada.host.replay.backend import ReplayBackend, capture_on_cpu
+
+        CpuPlatform.graph_backend = ReplayBackend
+        target = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_decode_graph"
+        HookRegistry.register(target, capture_on_cpu, HookType.AROUND)
