@@ -1,4 +1,4 @@
-"""What every part asks of a server: whether it is ours, its checkpoint's facts, how it decodes, names of backends."""
+"""What every part asks of a server: whether it is ours, its checkpoint's facts and how it decodes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from sglang_llada.config import FLAGS, DecodeConfig, algorithm_of_flag, flag_of
 from sglang_llada.host.hub import folder_of
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts, read_json
 
-ATTENTION_BACKEND = "llada_rows"
-# Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
-# ENCODER_ONLY layers, and leave writing to the model where it asks for that.
-ATTENTION_BACKENDS = ("flashinfer", "triton", "torch_native", ATTENTION_BACKEND)
-RUN_ON_CPU = ("triton", "torch_native", ATTENTION_BACKEND)  # Triton's in its interpreter
 DEFAULT_BUDGET = 8192  # tokens of a forward when --chunked-prefill-size is off
 
 

@@ -19,7 +19,7 @@ from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import decide, fresh, idle, numbers
 from sglang_llada.decode.select import Head
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host import executor as executor_module
+from sglang_llada.host.engine import executor as executor_module
 from sglang_llada.host.engine.executor import Executor
 from sglang_llada.host.operations import kernel
 from sglang_llada.host.replay.backend import ReplayBackend

@@ -22,9 +22,9 @@ from sglang_llada.accelerator import PLATFORM
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.attention import backend as attention
 from sglang_llada.host.attention import cpu as cpu_attention
+from sglang_llada.host.backends import ATTENTION_BACKEND
 from sglang_llada.host.cpu import experts as cpu_experts
 from sglang_llada.host.cpu.platform import CpuPlatform
-from sglang_llada.host.facts import ATTENTION_BACKEND
 from sglang_llada.host.start import arguments
 
 pytestmark = pytest.mark.host

@@ -14,8 +14,8 @@ from sglang_llada.__main__ import main
 from sglang_llada.config import Mode
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.hub import folder_of
+from sglang_llada.host.seam.install import register_config
 from sglang_llada.llada2.report import report
-from sglang_llada.plugin import register_config
 from tests.host.serving import serving
 from tests.published.layout import LAYOUTS, published, write
 from tests.published.serve import ask, questions

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sglang_llada.errors import ConfigError, IntegrityError
 from sglang_llada.host.attention import cpu as cpu_attention
-from sglang_llada.host.facts import ATTENTION_BACKEND
+from sglang_llada.host.backends import ATTENTION_BACKEND
 from sglang_llada.llada2 import attention_triton
 
 logger = logging.getLogger(__name__)

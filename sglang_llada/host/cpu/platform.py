@@ -14,7 +14,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_llada.config import REPLAY_VARIABLE, read_switch
-from sglang_llada.host.facts import ATTENTION_BACKEND
+from sglang_llada.host.backends import ATTENTION_BACKEND
 
 KV_TOKENS = 262_144  # where the user gives no --max-total-tokens: memory is shared with everything else on the machine
 

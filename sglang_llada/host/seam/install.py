@@ -62,7 +62,7 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.facts import ATTENTION_BACKEND
+    from sglang_llada.host.backends import ATTENTION_BACKEND
     from sglang_llada.host.start.arguments import correct_facts, fill_in, fill_in_platform, settle_quantisation
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -9,7 +9,8 @@ from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 
 from sglang_llada.config import FLAGS
 from sglang_llada.errors import IntegrityError
-from sglang_llada.host.facts import ATTENTION_BACKENDS, own_flag
+from sglang_llada.host.backends import ATTENTION_BACKENDS
+from sglang_llada.host.facts import own_flag
 from sglang_llada.llada2.config import ARCHITECTURE
 
 

@@ -25,11 +25,9 @@ from sglang_llada.config import (
     read_switch,
 )
 from sglang_llada.errors import ConfigError
+from sglang_llada.host.backends import ATTENTION_BACKEND, ATTENTION_BACKENDS, RUN_ON_CPU
 from sglang_llada.host.cpu.platform import KV_TOKENS, CpuPlatform, native_bf16
 from sglang_llada.host.facts import (
-    ATTENTION_BACKEND,
-    ATTENTION_BACKENDS,
-    RUN_ON_CPU,
     architectures,
     attention_dp,
     config_of,
