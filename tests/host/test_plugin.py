@@ -15,6 +15,7 @@ import pytest
 from sglang_llada import plugin
 from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
 from sglang_llada.errors import ConfigError, HostMismatch
+from sglang_llada.host import facts
 from sglang_llada.host.seam import check, install
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.config import Llada2Config
@@ -286,7 +287,7 @@ def test_other_models_pass_untouched(arguments: Any, other: str, mode: Mode) -> 
 def test_a_model_that_cannot_be_read_is_left_to_the_host(
     arguments: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arguments, "fetch_config", lambda repository, revision: {})
+    monkeypatch.setattr(facts, "fetch_config", lambda repository, revision: {})
     assert filled(arguments, Mode.ON, model_path=path).dllm_algorithm is None
 
 
@@ -361,7 +362,7 @@ def test_a_server_is_ours_in_mode_on_only(arguments: Any, llada2: str, mode: Mod
 
     server_args = ServerArgs(model_path=llada2)
     arguments.fill_in(server_args, mode)
-    assert arguments.is_ours(server_args) is ours
+    assert facts.is_ours(server_args) is ours
 
 
 @pytest.mark.parametrize("given", [{}, {"dllm_algorithm": "LowConfidence"}])
@@ -370,7 +371,7 @@ def test_a_server_of_another_model_is_not_ours(arguments: Any, other: str, given
 
     server_args = ServerArgs(model_path=other, **given)
     arguments.fill_in(server_args, Mode.ON)
-    assert not arguments.is_ours(server_args)
+    assert not facts.is_ours(server_args)
 
 
 @pytest.mark.parametrize(
@@ -458,5 +459,5 @@ def test_decode_parameters_are_checked_at_start(arguments: Any, llada2: str) -> 
 
 
 def test_decode_config_is_what_the_file_says(arguments: Any, llada2: str) -> None:
-    config = arguments.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5), FACTS)
+    config = facts.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5), FACTS)
     assert (config.algorithm, config.threshold, config.steps) == ("threshold", 0.5, T)

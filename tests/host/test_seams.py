@@ -58,7 +58,7 @@ def test_installed_host_fits() -> None:
 def test_a_host_is_checked_once_for_a_process_and_its_children(copy: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(check.CHECKED, raising=False)
     checked: list[Host] = []
-    monkeypatch.setattr(check, "check", lambda table, host: checked.append(host) or [])
+    monkeypatch.setattr(check, "differences", lambda table, host: checked.append(host) or [])
     check.require()
     check.require()
     check.require(host=copy)
