@@ -1,0 +1,7 @@
+"""Names of attention backends. Imports nothing of the host, which may be half imported when it asks for a platform."""
+
+ATTENTION_BACKEND = "llada_rows"
+# Attention backends that know diffusion rows, read the KV of a row's earlier blocks from the pool, are not causal for
+# ENCODER_ONLY layers, and leave writing to the model where it asks for that.
+ATTENTION_BACKENDS = ("flashinfer", "triton", "torch_native", ATTENTION_BACKEND)
+RUN_ON_CPU = ("triton", "torch_native", ATTENTION_BACKEND)  # Triton's in its interpreter
