@@ -18,6 +18,7 @@ import json
 import random
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -87,15 +88,16 @@ def measure(rows: int, pace: int, way: str) -> dict[str, float]:
     rule = WAYS[way]
     with patch.object(Request, "may_finish_block", property(rule or (lambda request: False))):
         scheduler: Any = scheduler_with(rows, Uneven(pace))
-        clock = Clock(scheduler.executor)
+        clock = Clock(scheduler.pipeline.executor)
 
         def book() -> None:
-            scheduler._take_rest()
-            scheduler.unbooked.clear()
+            scheduler.pipeline.take_rest()
+            scheduler.pipeline.decided.clear()
             clock.now += BOOK + ROW * rows
 
-        stand_ins = {"_admit_waiting": lambda: None, "_book": book, "_share": lambda: None}
-        vars(scheduler).update(stand_ins, executor=clock, overlaps=True, runs_ahead=rule is not None)
+        scheduler.admission = SimpleNamespace(admit_waiting=lambda: None)
+        scheduler.booking.book, scheduler.pages.share = book, lambda plan: None
+        scheduler.pipeline.executor, scheduler.overlaps, scheduler.runs_ahead = clock, True, rule is not None
         for _ in range(STEPS):
             scheduler._turn()
     requests = list(scheduler.table)

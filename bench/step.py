@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import time
-from collections import deque
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +25,12 @@ from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
 from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
+from sglang_llada.host.engine.booking import Booking
+from sglang_llada.host.engine.endings import Endings
 from sglang_llada.host.engine.executor import Executor, outcome_width
 from sglang_llada.host.engine.failures import Failures
+from sglang_llada.host.engine.pages import Pages
+from sglang_llada.host.engine.pipeline import Pipeline
 from sglang_llada.host.engine.scheduler import LladaScheduler
 
 T, MASK = 32, 2
@@ -94,17 +97,17 @@ def as_scheduler() -> None:
 def measure(rows: int) -> tuple[float, float]:
     """Milliseconds per step between forwards, and of the rest, over the blocks of that many requests."""
     scheduler = scheduler_with(rows)
-    runner = scheduler.executor.runner
+    runner = scheduler.pipeline.executor.runner
     steps = (BLOCKS - 1) * T // DECIDED
     gap, started = 0.0, time.perf_counter()
     for _ in range(steps):
         begin = time.perf_counter()
-        scheduler._read()
-        scheduler._end_aborted()
+        scheduler.pipeline.read()
+        scheduler.endings.end_aborted()
         scheduler._launch()
         gap += runner.called - begin
-        scheduler._take_rest()
-        scheduler.unbooked.clear()
+        scheduler.pipeline.take_rest()
+        scheduler.pipeline.decided.clear()
     return 1e3 * gap / steps, 1e3 * (time.perf_counter() - started - gap) / steps
 
 
@@ -126,11 +129,11 @@ def scheduler_with(rows: int, decider: FirstOpen | None = None) -> LladaSchedule
             slot=i,
             room=(BLOCKS + 1) * T,
         )
-        scheduler.executor.stops[list(request.stop_ids)] = True
+        scheduler.pipeline.executor.stops[list(request.stop_ids)] = True
         scheduler.table.add(request)
         scheduler.table.readmit(request.rid, request.live_from)
-        scheduler.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
-    scheduler.running_batch.reqs = list(scheduler.reqs.values())
+        scheduler.pages.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
+    scheduler.running_batch.reqs = list(scheduler.pages.reqs.values())
     return scheduler
 
 
@@ -150,14 +153,16 @@ def idle_scheduler(rows: int, decider: FirstOpen | None = None) -> LladaSchedule
         forward=forward,
     )
     scheduler: LladaScheduler = object.__new__(LladaScheduler)
-    scheduler.executor = Executor(runner, decider or FirstOpen())  # type: ignore[arg-type]  # stand-ins
-    scheduler.facts = SimpleNamespace(block_size=T)
-    scheduler.table, scheduler.reqs, scheduler.unbooked = Table(), {}, []
-    scheduler.flights, scheduler.landed, scheduler.going_on = deque(), None, []
+    executor = Executor(runner, decider or FirstOpen())  # type: ignore[arg-type]  # stand-ins
+    scheduler.table, scheduler.failures = Table(), Failures(lambda: None)
+    scheduler.pipeline = Pipeline(executor, scheduler.failures, MASK)
+    scheduler.pages = Pages(scheduler, scheduler.table, scheduler.failures, T)
+    parts = (scheduler, scheduler.table, scheduler.pages, scheduler.pipeline, scheduler.failures)
+    scheduler.endings = Endings(*parts, peers=None)
+    scheduler.booking = Booking(*parts, scheduler.endings, metrics=None)
     scheduler.overlaps = scheduler.runs_ahead = False
-    scheduler.failures, scheduler.peers = Failures(lambda: None), None
-    scheduler.row_budget, scheduler.metrics, scheduler.attention_ranks = 2 * rows, None, 1
-    scheduler.forward_ct = scheduler.eager = scheduler.replayed = 0
+    scheduler.row_budget, scheduler.attention_ranks = 2 * rows, 1
+    scheduler.forward_ct = 0
     scheduler.running_batch = SimpleNamespace(reqs=[])
     scheduler.metrics_reporter = SimpleNamespace(record_scheduler_active=lambda at: None)
     scheduler.profiler_manager = SimpleNamespace(_profile_batch_predicate=lambda batch: None)

@@ -60,15 +60,15 @@ class Plan:
         return [row for row in self.rows if row.kind is kind]
 
 
-def next_step(requests: Iterable[Request[Any]], budget: int, going_on: Sequence[Row] = ()) -> Plan:
+def next_step(requests: Iterable[Request[Any]], budget: int, carried: Sequence[Row] = ()) -> Plan:
     """Rows of the next forward.
 
     Args:
         requests: the admitted requests in order of admission; those that are not FILLING or DECODING are passed over.
         budget: rows that a forward should have at most; exceeded only by decode rows and the share of FILL rows.
-        going_on: the only rows of some requests, known from the last step; they come first.
+        carried: the only rows of some requests, known from the last step; they come first.
     """
-    rows = list(going_on)
+    rows = list(carried)
     planned = set(map(id, map(REQUEST, rows)))
     newcomers: list[Request[Any]] = []
     for request in [each for each in requests if id(each) not in planned]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from sglang_llada.errors import IntegrityError
@@ -113,7 +113,7 @@ class Rules:
 
 @dataclass(slots=True, eq=False)  # a request is itself, whatever another one has
 class Request(Generic[P]):
-    """A request's blocks. `P` is whatever the decode wants to know per request; it is only carried here."""
+    """A request's blocks. `P` is whatever the decode wants to know per request; it is only kept here."""
 
     rid: str
     prompt: Sequence[int]
@@ -123,18 +123,18 @@ class Request(Generic[P]):
     block_size: int
     mask_id: int
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
-    numbers: Sequence[int] = ()  # what a step must be told of `params`; only carried here
-    plain: bool = True  # whether a step need not look at `params`; only carried here
+    numbers: Sequence[int] = ()  # what a step must be told of `params`; only kept here
+    plain: bool = True  # whether a step need not look at `params`; only kept here
     noted: bool = False  # whether notes are kept on its tokens
-    rare_stops: bool = False  # whether it has stop ids that most requests do not have; only carried here
-    prefixes: Sequence[int] = ()  # of filling.prefixes(); only carried here
-    shown: list[Any] = field(default_factory=list)  # what is to be shown of its steps; only carried here
+    rare_stops: bool = False  # whether it has stop ids that most requests do not have; only kept here
+    prefixes: Sequence[int] = ()  # of filling.prefixes(); only kept here
+    shown: list[Any] = field(default_factory=list)  # what is to be shown of its steps; only kept here
     # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
     # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().
-    patient: bool = False
+    can_defer: bool = False
     ahead: Block | None = None  # what the next block will be; written by block_after()
     pace: int = 0  # positions that its last step decided
-    slot: int = -1  # where the host keeps its KV; written by the scheduler, only carried here
+    slot: int = -1  # where the host keeps its KV; written by the scheduler, only kept here
     room: int = 0  # positions that have a place for KV there; the same
     rules: Rules = Rules()
     phase: Phase = Phase.WAITING
@@ -242,6 +242,7 @@ class Request(Generic[P]):
     def retract(self) -> None:
         """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
         self._expect("retract", Phase.FILLING, Phase.DECODING)
+        self.blocks = [replace(block) for block in self.blocks]  # others: whoever keeps rows of these has a lost place
         self.filled = 0
         self.phase = Phase.WAITING
 
@@ -430,7 +431,7 @@ class Request(Generic[P]):
     def _open_block(self, start: int) -> None:
         begun, self.ahead = self.ahead, None
         self.blocks.append(begun if begun is not None and begun.start == start else self._new_block(start))
-        self.patient = self.single and start + self.block_size < len(self.prompt) + self.max_new_tokens
+        self.can_defer = self.single and start + self.block_size < len(self.prompt) + self.max_new_tokens
 
     def _new_block(self, start: int) -> Block:
         given, T = list(self.prompt[start:]), self.block_size

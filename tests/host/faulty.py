@@ -15,34 +15,35 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 VARIABLE = "FAULTS"
 PREFIX = "fault in "
-SCHEDULER, EXECUTOR = "sglang_llada.host.engine.scheduler.LladaScheduler", "sglang_llada.host.engine.executor.Executor"
+ENGINE = "sglang_llada.host.engine"
+EXECUTOR, ADMISSION = f"{ENGINE}.executor.Executor", f"{ENGINE}.admission.Admission"
 REQUEST, HOST_REQUEST = "sglang_llada.blocks.request.Request", "sglang.srt.managers.schedule_batch.Req"
 GRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar"
 
 # In the order of a request's life.
 STAGES = {
     "handle": "sglang.srt.managers.scheduler.Scheduler._handle_generate_request",
-    "wishes": "sglang_llada.host.engine.scheduler.wishes_of",
-    "new": f"{SCHEDULER}._new_request",
-    "being filled": f"{SCHEDULER}._is_being_filled",
-    "fits": f"{SCHEDULER}._fits",
-    "place": f"{SCHEDULER}._place",
+    "wishes": f"{ENGINE}.admission.wishes_of",
+    "new": f"{ADMISSION}._new_request",
+    "being filled": f"{ADMISSION}._is_being_filled",
+    "fits": f"{ADMISSION}._fits",
+    "place": f"{ENGINE}.pages.Pages.place",
     "take part": f"{REQUEST}.take_part",
-    "insert": f"{SCHEDULER}._insert",
+    "insert": f"{ENGINE}.pages.Pages.insert",
     "prompt group": f"{EXECUTOR}._prompt_group",
     "group": f"{EXECUTOR}._group",
     "shaping": "sglang_llada.host.requests.shaping.Shaping._counts",
-    "noted": "sglang_llada.host.engine.executor.Landed.noted",
+    "noted": f"{ENGINE}.executor.StepResult.noted",
     "decide": f"{REQUEST}.decide",
-    "snapshot": "sglang_llada.host.engine.scheduler.snapshot_of",
-    "logprobs": "sglang_llada.host.engine.scheduler.book_logprobs",
-    "prompt logprobs": "sglang_llada.host.engine.scheduler.book_prompt_logprobs",
-    "update": f"{SCHEDULER}._update_finish",
+    "snapshot": f"{ENGINE}.pipeline.snapshot_of",
+    "logprobs": f"{ENGINE}.booking.book_logprobs",
+    "prompt logprobs": f"{ENGINE}.booking.book_prompt_logprobs",
+    "update": f"{ENGINE}.booking.Booking._update_finish",
     "update of the host": f"{HOST_REQUEST}.update_finish_state",
     "text": f"{HOST_REQUEST}._check_str_based_finish",
-    "stream": "sglang_llada.host.engine.streaming.traced",
+    "stream": f"{ENGINE}.streaming.traced",
     "stream of the host": f"{HOST_REQUEST}.init_incremental_detokenize",
-    "metrics": "sglang_llada.host.engine.metrics.Metrics.ended",
+    "metrics": f"{ENGINE}.metrics.Metrics.ended",
 }
 # Of a grammar, which does not know its request: named in its pattern.
 GRAMMAR_STAGES = {"accept": f"{GRAMMAR}.accept_token", "fill": f"{GRAMMAR}.fill_vocab_mask"}
@@ -100,7 +101,7 @@ if VARIABLE in os.environ:
         HookRegistry.register(target, planted(stage), HookType.AROUND)
     for stage, target in GRAMMAR_STAGES.items():
         HookRegistry.register(target, planted_in_grammar(stage), HookType.AROUND)
-    HookRegistry.register(f"{SCHEDULER}._conforming", planted_on_second_rank, HookType.AROUND)
+    HookRegistry.register(f"{ENGINE}.pipeline.Pipeline._conforming", planted_on_second_rank, HookType.AROUND)
     HookRegistry.register(f"{REQUEST}.take_part", leave_without_blocks, HookType.AFTER)
 
 if __name__ == "__main__":

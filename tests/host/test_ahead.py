@@ -128,22 +128,20 @@ class Load:
     retracted: int = 0
 
     def admit(self) -> None:
-        """What stands for _admit_waiting."""
+        """What stands for Admission.admit_waiting."""
         scheduler, used = self.scheduler, {request.slot for request in self.scheduler.table}
         free = [slot for slot in range(SLOTS) if slot not in used]
         while self.waiting and free and self.rng.random() < 0.7:
             request = self.waiting.popleft()
             if scheduler.table.get(request.rid) is None:
                 scheduler.table.add(request)
-            for block in request.blocks:
-                scheduler.executor.writer.forget(block)
             request.slot, request.room = free.pop(), 0
             scheduler.table.readmit(request.rid, 0)
-            scheduler.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
-        scheduler.running_batch.reqs = list(scheduler.reqs.values())
+            scheduler.pages.reqs[request.rid] = SimpleNamespace(rid=request.rid, to_finish=None)
+        scheduler.running_batch.reqs = list(scheduler.pages.reqs.values())
 
     def ensure_pages(self, reach: dict[str, int]) -> bool:
-        """What stands for _ensure_pages: the pool has PAGES of them."""
+        """What stands for Pages.ensure: the pool has PAGES of them."""
         table = self.scheduler.table
         held = sum(request.room for request in table) + sum(upto - table[rid].room for rid, upto in reach.items())
         if held > PAGES * T:
@@ -155,28 +153,28 @@ class Load:
     def retract_one(self) -> None:
         """What stands for _retract_one."""
         table = self.scheduler.table
-        rid = self.rng.choice([rid for rid in self.scheduler.reqs if table[rid].phase is not Phase.DONE])
+        rid = self.rng.choice([rid for rid in self.scheduler.pages.reqs if table[rid].phase is not Phase.DONE])
         table[rid].retract()
         table[rid].slot, table[rid].room = -1, 0
-        del self.scheduler.reqs[rid]
+        del self.scheduler.pages.reqs[rid]
         self.waiting.append(table[rid])
         self.retracted += 1
 
     def book(self) -> None:
-        """What stands for _book: ended requests leave."""
+        """What stands for Booking.book: ended requests leave."""
         scheduler = self.scheduler
-        scheduler._take_rest()
-        scheduler.unbooked.clear()
-        for rid in list(scheduler.reqs):
+        scheduler.pipeline.take_rest()
+        scheduler.pipeline.decided.clear()
+        for rid in list(scheduler.pages.reqs):
             request = scheduler.table[rid]
             if request.phase is Phase.DONE:
                 if request.ending is Ending.OUTSIDE:
                     self.aborted.append(rid)
                 else:
                     self.answers[rid] = request.output
-                del scheduler.reqs[rid]
+                del scheduler.pages.reqs[rid]
                 scheduler.table.drop(rid)
-        scheduler.running_batch.reqs = list(scheduler.reqs.values())
+        scheduler.running_batch.reqs = list(scheduler.pages.reqs.values())
 
 
 def scheduler_of(load_rng: random.Random, *, ahead: bool) -> Load:
@@ -185,24 +183,18 @@ def scheduler_of(load_rng: random.Random, *, ahead: bool) -> Load:
 
     scheduler: Any = idle_scheduler(SLOTS)
     hashed = Hashed()
-    runner = scheduler.executor.runner
+    runner = scheduler.pipeline.executor.runner
     runner.req_to_token_pool.req_to_token = torch.arange(SLOTS * LONGEST).view(SLOTS, LONGEST).int()
     runner.forward = hashed.forward
-    scheduler.executor = Executor(runner, hashed)  # type: ignore[arg-type]  # a stand-in
-    scheduler.executor.stops[EOS] = True
-    scheduler.facts = SimpleNamespace(block_size=T)
+    executor = Executor(runner, hashed)  # type: ignore[arg-type]  # a stand-in
+    executor.stops[EOS] = True
+    scheduler.pipeline.executor, scheduler.pages.block_size = executor, T
     scheduler.row_budget, scheduler.overlaps, scheduler.runs_ahead = BUDGET, True, ahead
     load = Load(scheduler, load_rng)
-    stand_ins = {
-        "_admit_waiting": load.admit,
-        "_ensure_pages": load.ensure_pages,
-        "_retract_one": load.retract_one,
-        "_book": load.book,
-        "_share": lambda: None,
-        "on_idle": lambda: None,
-        "_held": lambda: {rid: scheduler.table[rid].room for rid in scheduler.reqs},
-    }
-    vars(scheduler).update(stand_ins)
+    scheduler.admission = SimpleNamespace(admit_waiting=load.admit)
+    scheduler.pages.ensure, scheduler.pages.share = load.ensure_pages, lambda plan: None
+    scheduler.pages.held = lambda: {rid: scheduler.table[rid].room for rid in scheduler.pages.reqs}
+    scheduler.booking.book, scheduler._retract_one, scheduler.on_idle = load.book, load.retract_one, lambda: None
     return load
 
 
@@ -227,14 +219,14 @@ def run(seed: int, count: int, *, ahead: bool) -> tuple[Load, dict[str, Request[
             asked[rid] = new_request(rid, prompt, rules, rng.randint(1, 40))
             load.waiting.append(asked[rid])
         scheduler._turn()
-        scheduler.table.check_integrity(scheduler._held())
-        if rng.random() < 0.02 and scheduler.reqs:
-            victim = rng.choice(list(scheduler.reqs.values()))
+        scheduler.table.check_integrity(scheduler.pages.held())
+        if rng.random() < 0.02 and scheduler.pages.reqs:
+            victim = rng.choice(list(scheduler.pages.reqs.values()))
             if victim.to_finish is None:
                 victim.to_finish = "aborted"
         if rng.random() < 0.01:
-            scheduler._settle()
-            assert not scheduler.flights
+            scheduler.settle()
+            assert not scheduler.pipeline.flights
     return load, asked
 
 

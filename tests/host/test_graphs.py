@@ -220,7 +220,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
             executor.read(launched)
     landed = executor.read(launched)
     assert landed is not None
-    decisions = landed.decisions(landed.urgent | landed.calm)
+    decisions = landed.decisions(landed.blocking | landed.deferrable)
     assert [decision.request for decision in decisions] == requests
     assert all([len(b.tokens) for b in decision.blocks or []] == [T] for decision in decisions)
 

@@ -95,12 +95,14 @@ def test_commands_that_cannot_be_carried_out_are_answered(narrow: Server) -> Non
 
 def test_a_second_request_with_the_id_of_one_that_is_not_done_is_refused() -> None:
     """With several tokenizer processes the scheduler is the first that sees both."""
-    from sglang_llada.host.engine.scheduler import LladaScheduler
+    from sglang_llada.host.engine.admission import Admission
 
-    scheduler: Any = object.__new__(LladaScheduler)
-    scheduler.table = SimpleNamespace(get=lambda rid: "known" if rid == "runs" else None)
-    scheduler.waiting_queue = [SimpleNamespace(rid="waits")]
-    scheduler.grammar_manager = SimpleNamespace(grammar_queue=[SimpleNamespace(rid="compiles")])
+    admission: Any = object.__new__(Admission)
+    admission.table = SimpleNamespace(get=lambda rid: "known" if rid == "runs" else None)
+    admission.host = SimpleNamespace(
+        waiting_queue=[SimpleNamespace(rid="waits")],
+        grammar_manager=SimpleNamespace(grammar_queue=[SimpleNamespace(rid="compiles")]),
+    )
     for rid in ("runs", "waits", "compiles"):
-        said = scheduler.validate_dllm_request(SimpleNamespace(rid=rid))
+        said = admission.read(SimpleNamespace(rid=rid))
         assert said == f"rid is {rid!r}, which is that of a request that is not done; allowed: another one"

@@ -43,16 +43,18 @@ def turns(*, overlaps: bool, ahead: bool = False) -> list[Event]:
     from bench.step import scheduler_with
 
     scheduler, events = scheduler_with(ROWS), []
-    device = FakeDevice(scheduler.executor, events)
+    device = FakeDevice(scheduler.pipeline.executor, events)
 
     def book() -> None:
-        scheduler._take_rest()
-        if scheduler.unbooked:
+        scheduler.pipeline.take_rest()
+        if scheduler.pipeline.decided:
             events.append(("book", device.last_read))
-        scheduler.unbooked.clear()
+        scheduler.pipeline.decided.clear()
 
-    nothing = SimpleNamespace(_admit_waiting=lambda: None, _book=book, _share=lambda: None)
-    vars(scheduler).update(vars(nothing), executor=device, overlaps=overlaps, runs_ahead=ahead)
+    stand_in: Any = scheduler
+    stand_in.admission = SimpleNamespace(admit_waiting=lambda: None)
+    stand_in.booking.book, stand_in.pages.share = book, lambda plan: None
+    stand_in.pipeline.executor, stand_in.overlaps, stand_in.runs_ahead = device, overlaps, ahead
     for _ in range(STEPS):
         scheduler._turn()
     return events

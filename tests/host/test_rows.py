@@ -23,9 +23,10 @@ TOKENS, BUDGET, SLOTS = Tokens(MASK), 12, 9
 PARAMS = DecodeConfig.defaults(T, "joint_threshold")
 
 
-def request(rid: str, rng: random.Random) -> Request[DecodeConfig]:
+def request(rid: str, rng: random.Random, *, plain: bool = True) -> Request[DecodeConfig]:
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(0, 20))]
     more: dict[str, Any] = {"fresh": fresh(T, TOKENS), "numbers": numbers(PARAMS), "rules": rng.choice(RULES)}
+    more["plain"] = plain
     return Request(rid, prompt, rng.randint(1, 30), frozenset({EOS}), PARAMS, T, MASK, **more)
 
 
@@ -69,54 +70,55 @@ def executor(model: FakeModel) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_next_step_is_the_same_before_calm_rows_decisions_are_taken(
+def test_the_next_step_is_the_same_before_deferrable_rows_decisions_are_taken(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_llada.host import executor as module
+    from sglang_llada.host.engine import executor as module
+    from sglang_llada.host.engine import rows as rows_module
     from sglang_llada.host.engine.rows import Writer
 
+    constrained: set[str] = set()  # requests with a grammar, which may cut what was decided
+    monkeypatch.setattr(rows_module, "is_constrained", lambda request: request.rid in constrained)
     monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
     rng, table, model = random.Random(seed), Table(), FakeModel()
     device = executor(model)
-    going_on: list[Row] = []
+    carried: list[Row] = []
     kept = waited = 0
     for turn in range(400):
         if len(table) < 6:
-            table.add(request(f"r{turn}", rng))
+            constrained |= {f"r{turn}"} if rng.random() < 0.2 else set()
+            table.add(request(f"r{turn}", rng, plain=f"r{turn}" not in constrained))
         for each in list(table):
             if each.phase is Phase.WAITING and rng.random() < 0.7:
                 each.slot = rng.randrange(SLOTS)
-                for block in each.blocks:
-                    device.writer.forget(block)
                 table.readmit(each.rid, rng.randrange(each.live_from // T + 1) * T)
             elif each.phase is Phase.DECODING and rng.random() < 0.05:
                 each.retract()
             elif rng.random() < 0.02:
                 table.drop(each.rid)
-        plan = next_step(table, BUDGET, [row for row in going_on if row.request.phase is Phase.DECODING])
+        plan = next_step(table, BUDGET, [row for row in carried if row.request.phase is Phase.DECODING])
         assert numbers_of(device.writer, plan) == numbers_of(Writer(T, idle(T, TOKENS)), plan)
         kept += sum(id(row.block) in device.writer.row_of for row in plan.rows)
         model.news = news_for(plan, rng)
         launched = device.launch(plan)
         for each, fills in plan.fills().items():
             each.take_part(fills)
-        landed, going_on = device.read(launched), []
-        if landed is None:
+        result, carried = device.read(launched), []
+        if result is None:
             continue
-        going_on = landed.going_on
-        for made, _, blocks in landed.decisions(landed.urgent):
-            if len(blocks) == 1 and not blocks[0].open and rng.random() < 0.2:  # the host may cut what was decided
-                device.writer.forget(made.blocks[0])
+        carried = result.carried
+        for made, _, blocks in result.decisions(result.blocking):
+            if made.rid in constrained and len(blocks) == 1 and not blocks[0].open and rng.random() < 0.5:
                 blocks = shortened(made, blocks[0])
             made.decide(blocks)
-        before = next_step(table, BUDGET, going_on)
+        before = next_step(table, BUDGET, carried)
         early = numbers_of(device.writer, before)
-        for made, _, blocks in landed.decisions(landed.calm):
+        for made, _, blocks in result.decisions(result.deferrable):
             made.decide(blocks)
             waited += 1
         after = next_step(table, BUDGET)
         assert early == numbers_of(device.writer, after) == numbers_of(Writer(T, idle(T, TOKENS)), after)
-        assert [row for row in before.rows if row in going_on] == going_on
+        assert [row for row in before.rows if row in carried] == carried
         for each in [each for each in table if each.phase is Phase.DONE]:
             table.drop(each.rid)
     assert kept > 300 and waited > 100
@@ -148,8 +150,8 @@ def shortened(request: Request[DecodeConfig], new: Decided) -> list[Decided]:
     return [Decided(tokens, 1 << decided[-1], False, new.state)]
 
 
-def test_logits_that_are_not_finite_are_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_llada.host import executor as module
+def test_logits_that_are_not_finite_are_blocking(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_llada.host.engine import executor as module
 
     monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
     table, model = Table(), FakeModel()
@@ -160,13 +162,13 @@ def test_logits_that_are_not_finite_are_urgent(monkeypatch: pytest.MonkeyPatch) 
         table.readmit(rid, T)
     device, half = executor(model), set_of([False, False, True, True])
     model.news = [Decided([-1] * T, half, False, [1, 0]), Decided([5, 5, MASK, MASK], half, False, [1, 0])]
-    landed = device.read(device.launch(next_step(table, BUDGET)))
-    assert [(made.request.rid, made.finite) for made in landed.decisions(landed.urgent)] == [("a", False)]
-    assert np.flatnonzero(landed.calm).tolist() == [1]
+    result = device.read(device.launch(next_step(table, BUDGET)))
+    assert [(made.request.rid, made.finite) for made in result.decisions(result.blocking)] == [("a", False)]
+    assert np.flatnonzero(result.deferrable).tolist() == [1]
 
 
-def test_a_row_is_urgent_for_its_own_stop_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_llada.host import executor as module
+def test_a_row_is_blocking_for_its_own_stop_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_llada.host.engine import executor as module
 
     monkeypatch.setattr(module, "enable_num_token_non_padded", lambda: False)
     table, model = Table(), FakeModel()
@@ -177,12 +179,12 @@ def test_a_row_is_urgent_for_its_own_stop_tokens_alone(monkeypatch: pytest.Monke
         table.add(Request(rid, [5] * T, 20, ids, PARAMS, T, MASK, rare_stops=not ids <= {EOS}, **more))
         table.readmit(rid, T)
     half = set_of([False, False, True, True])
-    for tokens, urgent in (
+    for tokens, blocking in (
         ([5, 6], {"every token"}),
         ([5, 9], {"every token", "another"}),
         ([5, EOS], {*stops} - {"none"}),
     ):
         device = executor(model)
         model.news = [Decided([*tokens, MASK, MASK], half, False, [1, 0])] * len(stops)
-        landed = device.read(device.launch(next_step(table, BUDGET)))
-        assert {made.request.rid for made in landed.decisions(landed.urgent)} == urgent
+        result = device.read(device.launch(next_step(table, BUDGET)))
+        assert {made.request.rid for made in result.decisions(result.blocking)} == blocking

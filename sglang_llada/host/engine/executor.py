@@ -59,7 +59,7 @@ class InFlight:
     Attributes:
         plan: its rows.
         deciding: which of them decide, bool [R].
-        patient: of those, the ones of patient requests.
+        can_defer: of those, the ones of requests that can defer.
         rare: the ones of requests with stop ids that `Executor.stops` may not list.
         own: their positions that are not a prompt's, bool [R, T].
         outcome: what was decided (decide.pack), on its way to the host; None if no row decides.
@@ -67,13 +67,13 @@ class InFlight:
         groups: requests with more to them than their best tokens.
         reports: the log-probabilities that some of them want, see whole.report().
         failed: what went wrong with what a request asks of its logits, by id.
-        carried: blocks that it took over from a step that was not read, by identity. Where that step finished one, the
-            row in this step sealed it.
+        taken_over: blocks, by identity, that it took over from a step that was not read. Where that step finished one,
+            the row in this step sealed it.
     """
 
     plan: Plan
     deciding: Flags
-    patient: Flags
+    can_defer: Flags
     rare: Flags
     own: Flags
     outcome: Coming | None
@@ -81,7 +81,7 @@ class InFlight:
     groups: list[RequestGroup]
     reports: Coming | None
     failed: dict[str, Exception] = field(default_factory=dict)
-    carried: frozenset[int] = field(default=frozenset())
+    taken_over: frozenset[int] = field(default=frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +111,22 @@ class Decision(NamedTuple):
         return all(block.tokens[0] >= 0 for block in self.blocks)
 
 
-class Landed(NamedTuple):
+class StepResult(NamedTuple):
     """A step that was read.
 
     Attributes:
         rows: as planned.
         outcome: what was made of them.
-        urgent: of which rows what follows depends on it: those that are done, have a stop token now or logits that are
-            not finite, and all of requests that are not patient; bool [R].
-        calm: the other rows that decide, bool [R].
+        blocking: the rows that what follows depends on: those that are done, have a stop token now or logits that are
+            not finite, and all of requests that cannot defer; bool [R].
+        deferrable: the other rows that decide, bool [R].
         reports: log-probabilities by request id and position.
     """
 
     rows: list[Row]
     outcome: Outcome
-    urgent: Flags
-    calm: Flags
+    blocking: Flags
+    deferrable: Flags
     reports: dict[str, dict[int, list[float]]]
 
     def decisions(self, which: Flags) -> list[Decision]:
@@ -151,9 +151,9 @@ class Landed(NamedTuple):
         return [noted(self.rows[r], decided, self.outcome.trace(r), report) for r, decided in found]
 
     @property
-    def going_on(self) -> list[Row]:
-        """The calm rows, which the next step has too unless their requests end or are retracted."""
-        return list(compress(self.rows, self.calm.tolist()))
+    def carried(self) -> list[Row]:
+        """The deferrable rows, which the next step has too unless their requests end or are retracted."""
+        return list(compress(self.rows, self.deferrable.tolist()))
 
 
 class Note(NamedTuple):
@@ -244,7 +244,7 @@ class Executor:
         hidden = output.logits_output.hidden_states
         begins = np.array([T if row.block is None else row.block.given for row in planned])
         deciding = begins < T
-        patient = np.array([row.request.patient for row in planned], bool) & deciding
+        can_defer = np.array([row.request.can_defer for row in planned], bool) & deciding
         decided = outcome = None
         trace = any(row.request.noted for _, row in special)
         if deciding.any() and output.can_run_graph and not any(group.chooses for group in groups):
@@ -267,7 +267,7 @@ class Executor:
         return InFlight(
             plan=plan,
             deciding=deciding,
-            patient=patient,
+            can_defer=can_defer,
             rare=np.array([row.request.rare_stops for row in planned], bool) & deciding,
             own=offsets(T) >= begins[:, None],
             outcome=None if outcome is None else to_host(outcome),
@@ -275,10 +275,10 @@ class Executor:
             groups=asking,
             reports=None if reports is None else to_host(reports),
             failed=failed,
-            carried=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
+            taken_over=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
         )
 
-    def read(self, launched: InFlight) -> Landed | None:
+    def read(self, launched: InFlight) -> StepResult | None:
         """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided.
 
         The reports are what the device makes last: when they are there, the outcome is.
@@ -291,13 +291,13 @@ class Executor:
         outcome = Outcome(numbers, self.block_size, len(self.decide.idle) - 1 - len(STAYS))
         deciding = launched.deciding & np.fromiter(map(is_live, rows), bool, len(rows))
         self.writer.keep(launched.plan, outcome, deciding)
-        calm = launched.patient & deciding & (outcome.done == 0)
+        deferrable = launched.can_defer & deciding & (outcome.done == 0)
         # Most tokens that end anybody's answer end all: who has others, or does not stop at these, is asked itself.
         ends = (self.stops[outcome.ids] & launched.own).any(-1) | launched.rare
-        for r in (calm & ends).nonzero()[0].tolist():
+        for r in (deferrable & ends).nonzero()[0].tolist():
             tokens = outcome.ids[r][launched.own[r]].tolist()
-            calm[r] = -1 not in tokens and rows[r].request.stop_ids.isdisjoint(tokens)
-        return Landed(rows, outcome, deciding ^ calm, calm, reports)
+            deferrable[r] = -1 not in tokens and rows[r].request.stop_ids.isdisjoint(tokens)
+        return StepResult(rows, outcome, deciding ^ deferrable, deferrable, reports)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

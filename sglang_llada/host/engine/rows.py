@@ -88,7 +88,7 @@ class Outcome(NamedTuple):
         return self.numbers[:, : self.block_size]
 
     @property
-    def carried(self) -> Numbers:
+    def kept(self) -> Numbers:
         """What the next step's rows begin with, [R, T + 1 + S]."""
         return self.numbers[:, : self.block_size + 1 + self.state_size]
 
@@ -128,7 +128,8 @@ class Writer:
         self.row_of = {
             id(row.block): r
             for r, row in enumerate(plan.rows)
-            if row.block is not None and not row.block.done  # whose state stays fresh
+            # The state of one that is done stays fresh, and a grammar may change what a step decides.
+            if row.block is not None and not row.block.done and not is_constrained(row.request)
         }
 
     def keep(self, plan: Plan, outcome: Outcome, live: Flags) -> None:
@@ -139,15 +140,11 @@ class Writer:
         """
         if plan is not self.plan:
             return  # the step after it is launched, and took them on the device
-        carried = outcome.carried
-        self.rows[:, : carried.shape[1]] = carried
+        kept = outcome.kept
+        self.rows[:, : kept.shape[1]] = kept
         self.read = True
         for r in ((outcome.done == 1) | ~live).nonzero()[0].tolist():
-            self.forget(plan.rows[r].block)
-
-    def forget(self, block: Block | None) -> None:
-        """The block does not go on as the step left it, or not where it was."""
-        self.row_of.pop(id(block), None)
+            self.row_of.pop(id(plan.rows[r].block), None)
 
     def write(self, plan: Plan) -> Numbers:
         """The rows of a plan. If the last step is not read, those of its live blocks get it as their source."""
@@ -175,6 +172,11 @@ class Writer:
         written = written[origin]
         written[:, SOURCE] = source
         return written
+
+
+def is_constrained(request: Request[DecodeConfig]) -> bool:
+    """Whether a grammar has a say in what is taken of a step's decisions."""
+    return not request.plain and request.params.shaping is not None and request.params.shaping.matcher is not None
 
 
 def is_live(row: Row) -> bool:
