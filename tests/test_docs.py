@@ -293,6 +293,23 @@ def unknown_paths(text: str) -> list[str]:
     return [f"there is no {name}" for name in sorted(named) if not any((place / name).exists() for place in places)]
 
 
+def metrics_without_row(text: str) -> list[str]:
+    """Metrics that the package exports, of which no table of a page has a row."""
+    exported = set(re.findall(r'\(\s*"(sglang:\w+)"', texts("sglang_llada/host/engine")))
+    return [f"{name} has no row" for name in sorted(exported) if f"| `{name}` |" not in text]
+
+
+def faults_of_readme(text: str) -> list[str]:
+    """README is short, says what runs where before how to begin, and names every page."""
+    wrong = [f"it does not name {page.name}" for page in PAGES if page != README and page.name not in text]
+    if (size := len(text.encode())) >= MOST_BYTES:
+        wrong.append(f"it has {size} bytes; allowed: less than {MOST_BYTES}")
+    places = [text.find(begin) for begin in ("## Status", "make serve", "make test")]
+    if places != sorted(places) or places[0] < 0:
+        wrong.append("it says how to begin before it says what runs where, or not at all")
+    return wrong
+
+
 def long_lines(text: str) -> list[str]:
     """Lines with too many columns, but for rows of tables, which cannot be broken."""
     numbered = enumerate(text.splitlines(), 1)
@@ -334,17 +351,12 @@ def test_messages_are_those_of_the_sources() -> None:
     assert unknown_messages(text) == []
 
 
-def test_metrics_of_ours_have_rows() -> None:
-    exported = set(re.findall(r'\("(sglang:\w+)"', texts("sglang_llada/host/engine").replace("(\n            ", "(")))
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    assert len(exported) > 3 and {name for name in exported if f"| `{name}` |" not in text} == set()
+def test_every_metric_of_ours_has_a_row() -> None:
+    assert metrics_without_row((ROOT / "docs" / "operations.md").read_text(encoding="utf-8")) == []
 
 
-def test_the_readme_is_short_and_says_how_to_begin() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert len(text.encode()) < MOST_BYTES
-    assert text.index("## Status") < text.index("make serve") < text.index("make test")
-    assert {page for page in PAGES if page != README and page.name not in text} == set(), "pages that it does not name"
+def test_the_readme_is_a_map() -> None:
+    assert faults_of_readme(README.read_text(encoding="utf-8")) == []
 
 
 FAULTS: list[tuple[Callable[[str], list[str]], str, str]] = [
@@ -382,6 +394,15 @@ FAULTS_OF_HOST: list[tuple[Callable[[str], list[str]], str, str]] = [
     (unknown_metrics, "sglang:llada_nothing", "sum(rate(sglang:llada_steps_total[5m]))"),
     (unknown_metrics, "sglang:token_usage_total", "sglang:queue_time_seconds_bucket"),
 ]
+
+
+def test_planted_faults_of_whole_pages_are_found() -> None:
+    readme, table = README.read_text(encoding="utf-8"), (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert len(faults_of_readme(readme + "a" * MOST_BYTES)) == 1
+    assert len(faults_of_readme(readme.replace("robustness.md", "x"))) == 1
+    assert len(faults_of_readme(readme.replace("## Status", ""))) == 1
+    assert len(faults_of_readme("make serve\n" + readme)) == 1
+    assert len(metrics_without_row(table.replace("| `sglang:llada_rows_total` |", "| rows |"))) == 1
 
 
 @pytest.mark.parametrize(("check", "wrong", "right"), FAULTS)
