@@ -134,8 +134,8 @@ def test_every_field_of_the_host_has_its_bound_or_a_reason() -> None:
 
 
 def test_the_table_is_in_the_documentation() -> None:
-    page = (ROOT / "sglang_llada" / "host" / "OPTIONS.md").read_text()
-    assert bounds.table() in page, f"put this into OPTIONS.md:\n{bounds.table()}"
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert bounds.table() in page, f"put this into docs/options.md:\n{bounds.table()}"
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: f"{bound.where}-{bound.name}")

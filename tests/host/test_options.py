@@ -16,7 +16,7 @@ from tests.host.serving import ROOT, Server, events
 
 pytestmark = pytest.mark.host
 
-TABLE = ROOT / "sglang_llada" / "host" / "OPTIONS.md"
+TABLE = ROOT / "docs" / "options.md"
 ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.*?)\|$", re.M)
 GENERATE, CHAT, TEXT = "/generate", "/v1/chat/completions", "/v1/completions"
 REFUSED: dict[tuple[str, str], list[tuple[str, Any]]] = {  # of a table's field, requests that ask for it
