@@ -121,6 +121,7 @@ def test_a_small_pool_and_a_small_row_budget(tight: Server, cases: list[Case], l
     retracted = sum(answer["meta_info"]["num_retractions"] > 0 for answer in answers)
     print(f"requests that were retracted: {retracted}")
     assert retracted > 0, "the pool was never full, so nothing was shown"
+    assert tight.metric("sglang:num_retracted_requests_total") >= retracted
 
 
 def test_the_longest_prompt_is_served_and_a_longer_one_refused_with_the_numbers(tight: Server) -> None:

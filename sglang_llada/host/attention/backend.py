@@ -1,4 +1,4 @@
-"""Attention of rows under one name in the host, `llada_rows`: on a GPU our kernel, on the CPU torch (cpu_attention.py).
+"""Attention of rows under one name in the host, `llada_rows`: on a GPU our kernel, on the CPU torch (cpu.py).
 
 The one on a GPU plans nothing, copies nothing and reads nothing back: the kernel finds lengths and pages in the batch's
 own tensors when it runs, which in a CUDA graph are the static ones. It is for models that write the KV of a forward

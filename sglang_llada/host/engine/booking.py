@@ -141,3 +141,13 @@ class Booking:
         if self.metrics is not None:
             self.host.metrics_collector.increment_decode_cuda_graph_pass(value=step.replayed)
             self.metrics.step(step.plan, replayed=step.replayed)
+
+    def count_retracted(self, req: Any) -> None:
+        """A request that gives up its KV for the sake of others."""
+        self.host.metrics_reporter.num_retracted_reqs += 1
+        if self.metrics is not None:
+            self.host.metrics_collector.increment_retracted_reqs(
+                num_retracted_reqs=1,
+                num_retracted_input_tokens=len(req.origin_input_ids),
+                num_retracted_output_tokens=len(req.output_ids),
+            )

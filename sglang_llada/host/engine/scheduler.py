@@ -289,7 +289,7 @@ class LladaScheduler(Scheduler):
             return
         victim = reqs[ScheduleBatch._get_decode_retraction_order(reqs)[-1]]
         logger.warning("KV pool is full: retracting %s of %d running requests", victim.rid, len(reqs))
-        self.metrics_reporter.num_retracted_reqs = 1
+        self.booking.count_retracted(victim)
         self.pages.retract(victim)
         self.new_token_ratio_tracker.current = min(1.0, 2 * self.new_token_ratio_tracker.current)
 

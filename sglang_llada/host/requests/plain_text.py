@@ -2,7 +2,7 @@
 
 The tokenizer that encodes what users write gets other names for the mask, DELETE and SPLIT, in place, so that every way
 of encoding is meant: prompts alone, in batches and in parallel, chats, stop strings, /tokenize. Names differ by a
-character that is not seen, so ids are still shown as what they are. Ids in `input_ids` are refused in admission.py.
+character that is not seen, so ids are still shown as what they are. Ids in `input_ids` are refused in wishes.py.
 """
 
 from __future__ import annotations

@@ -462,6 +462,9 @@ SEAMS: tuple[Seam, ...] = (
             "return_hidden_states return_routed_experts return_indexer_topk return_sampling_mask input_embeds "
             "positional_embed_overrides multi_item_delimiter_indices token_indices_to_pool lora_id",
             "refused", BOUNDED),
+    Seam("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector.increment_retracted_reqs", Kind.USE,
+         "(self, num_retracted_reqs, num_retracted_input_tokens, num_retracted_output_tokens)",
+         "counts retractions", OWN_SCHEDULER),
     Seam("sglang.srt.environ:Envs.SGLANG_HTTP_SERVER_APP_PATH", Kind.USE, VALUE,
          "loads the plugins in the processes of --tokenizer-worker-num", "these load plugins"),
     Seam("sglang.srt.entrypoints.http_server:app", Kind.USE, VALUE, "what those processes serve", "these load plugins"),
