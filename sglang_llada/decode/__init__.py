@@ -1,7 +1,7 @@
 """What a decode step decides, in pure torch: one file per algorithm, all under the step contract of contract.py.
 
-Adding an algorithm is one file, one line in ALGORITHMS, its parameters in config.py, and, unless it inserts, a branch in
-decide_triton.rows_kernel, which tests hold against these.
+Adding an algorithm is one file, one line in ALGORITHMS, its parameters in config.py, and, unless it inserts, a branch
+in decide_triton.rows_kernel, which tests hold against these.
 """
 
 from __future__ import annotations
