@@ -25,7 +25,7 @@ from bench.records import new_record
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import Scores, StepOut, Tokens
-from sglang_llada.decode.decide import fresh, numbers, record, unpack
+from sglang_llada.decode.layout import fresh, numbers, record, unpack
 from sglang_llada.decode.select import best
 
 T, VOCABULARY = 32, 157_184

@@ -30,8 +30,10 @@ from bench.records import new_record
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import decide_triton, select_triton
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import in_torch, numbers, pack, record
-from sglang_llada.decode.select import Best, Head, Lowered, best, finish, reduce
+from sglang_llada.decode.decide import in_torch
+from sglang_llada.decode.head import Best, Head, Lowered
+from sglang_llada.decode.layout import numbers, pack, record
+from sglang_llada.decode.select import best, finish, reduce
 from sglang_llada.decode.select_triton import Form
 from sglang_llada.llada2.rotary_triton import rotate_and_store
 from sglang_llada.llada2.router import products, route, split

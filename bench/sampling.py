@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bench.records import new_record
-from sglang_llada.decode.sampling import Draws, draw, draw_sorted
-from sglang_llada.decode.select import Head
+from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.sampling import draw, draw_sorted
 from sglang_llada.decode.whole import whole_logits
 
 V, H, MASK = 157_184, 2048, 156_895  # of LLaDA2.0-mini

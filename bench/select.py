@@ -23,7 +23,8 @@ from torch import Tensor
 
 from bench.memory import MIB, forget_peak, peak, resident
 from bench.records import new_record
-from sglang_llada.decode.select import Best, Head, select
+from sglang_llada.decode.head import Best, Head
+from sglang_llada.decode.select import select
 
 NO_MASK = -1  # the host's way may choose any token, so ours may too
 

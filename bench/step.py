@@ -24,10 +24,10 @@ from bench.records import ROOT, new_record
 from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
-from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
+from sglang_llada.decode.layout import OPEN_COLUMN, fresh, idle, layout_of, numbers
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.endings import Endings
-from sglang_llada.host.engine.executor import Executor, outcome_width
+from sglang_llada.host.engine.executor import Executor
 from sglang_llada.host.engine.failures import Failures
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
@@ -43,8 +43,8 @@ class FirstOpen:
     """Decides the first open positions of each row and looks at nothing."""
 
     block_size, tokens = T, Tokens(MASK)
-    idle = idle(T, Tokens(MASK))
-    last = torch.zeros(2 * ROWS[-1], outcome_width(T, idle), dtype=torch.int64)
+    idle, layout = idle(T, Tokens(MASK)), layout_of(T, Tokens(MASK))
+    last = torch.zeros(2 * ROWS[-1], layout.made, dtype=torch.int64)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=400))
     decided: int | torch.Tensor = DECIDED  # positions a step, or of each row
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sglang_llada.decode.select import Best
+from sglang_llada.decode.head import Best
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +115,18 @@ class Algorithm:
     step: Step
     source: str
     indel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each of P positions is drawn, first those whose distribution is not cut.
+
+    temperature, top_p, min_p: fp32 [P]; top_k: int64 [P]. noise: fp64 [P] in [0, 1). whole: how many are not cut.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    noise: Tensor
+    whole: int

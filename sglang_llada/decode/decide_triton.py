@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_llada.decode.contract import State, StepOut
-from sglang_llada.decode.decide import CODES, COUNTS, EDITABLE_COLUMN, OPEN_COLUMN, STAYS, repeated
-from sglang_llada.decode.select import Best, Exchange, Head, Lowered
+from sglang_llada.decode.head import Best, Exchange, Head, Lowered
+from sglang_llada.decode.layout import CODES, COUNTS, EDITABLE_COLUMN, OPEN_COLUMN, STAYS, repeated
 from sglang_llada.decode.select_triton import select
 from sglang_llada.decode.whole import Group, choose
 

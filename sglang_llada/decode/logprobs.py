@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sglang_llada.decode.select import Exchange, Head, Lowered, lower, reference_of
+from sglang_llada.decode.head import Exchange, Head, Lowered
+from sglang_llada.decode.select import lower, reference_of
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Group, parts, places, products, shaped_logits
 

@@ -11,27 +11,12 @@ Here is the definition, by sorting; on a CUDA device a kernel does the same with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from sglang_llada.decode.contract import Draws
+
 UNIT = 2.0**-53
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """How each of P positions is drawn, first those whose distribution is not cut.
-
-    temperature, top_p, min_p: fp32 [P]; top_k: int64 [P]. noise: fp64 [P] in [0, 1). whole: how many are not cut.
-    """
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    noise: Tensor
-    whole: int
 
 
 def draw(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_llada.decode.sampling import Draws
+from sglang_llada.decode.contract import Draws
 
 LANES = 2048  # tokens that a pass looks at together
 TILE = 4096  # tokens whose weights are first summed and, in one of these tiles, then run through

@@ -2,7 +2,8 @@
 
 The head runs over chunks of the vocabulary and keeps, per position, the terms of a running softmax and the best tokens
 so far. Chunks, parts that run side by side on a device, and shards of several ranks are reduced to the same record,
-`Partial`, and put together by the same function, `fold`; ranks exchange `Partial.pack()`, 8 (k + 1) bytes per position.
+`Partial` (head.py), and put together by the same function, `fold`; ranks exchange `Partial.pack()`, 8 (k + 1) bytes per
+position.
 
 Logits are fp32 whatever the weights are: products are accumulated in fp32 and never rounded to the weights' type. A
 step needs positions x VOCAB_CHUNK of them at once, plus one chunk of weights where those are not fp32.
@@ -10,77 +11,13 @@ step needs positions x VOCAB_CHUNK of them at once, plus one chunk of weights wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_llada.decode.head import Best, Exchange, Head, Lowered, Partial
+
 VOCAB_CHUNK = 4096  # token ids whose logits exist at once
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Rows of the output embedding, [v, H]: those of the token ids from `first` on.
-
-    Where they are a shard: slots, what the largest shard has; vocabulary, what all have together.
-    """
-
-    weight: Tensor
-    first: int = 0
-    slots: int = 0
-    vocabulary: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """Of each position over part of the vocabulary; minus infinity where there are fewer than k candidates.
-
-    logit: fp32 [P, k], the largest logits, falling. token: int64 [P, k], their ids.
-    peak: fp32 [P], the largest logit, the mask's included. total: fp32 [P], sum of exp(logit - peak).
-    """
-
-    logit: Tensor
-    token: Tensor
-    peak: Tensor
-    total: Tensor
-
-    def pack(self) -> Tensor:
-        """All of it as fp32 [P, 2k + 2]; ids below 2**24 survive exactly."""
-        return torch.cat((self.logit, self.token.float(), self.peak[:, None], self.total[:, None]), dim=-1)
-
-    @staticmethod
-    def unpack(packed: Tensor) -> Partial:
-        """The inverse of pack."""
-        k = packed.shape[-1] // 2 - 1
-        return Partial(packed[:, :k], packed[:, k : 2 * k].long(), packed[:, -2], packed[:, -1])
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """Of each position the k best tokens, int64 [P, k], best first, and their probabilities, fp32 [P, k].
-
-    A position whose logits hold a NaN or plus infinity, or only minus infinity, has tokens -1 and probabilities 0.
-    """
-
-    token: Tensor
-    prob: Tensor
-
-
-class Lowered(NamedTuple):
-    """Of each position one token whose logit counts as lower: its id, int64 [P], and by how much, fp32 [P]."""
-
-    token: Tensor
-    by: Tensor
-
-    def at(self, positions: Tensor) -> Lowered:
-        """Those of some positions."""
-        return Lowered(self.token[positions], self.by[positions])
-
-
-Exchange = Callable[[Tensor], Sequence[Tensor]]
 
 
 def select(

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_llada.decode.select import Best, Exchange, Head, Lowered, Partial
+from sglang_llada.decode.head import Best, Exchange, Head, Lowered, Partial
 
 INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be one of integers
 ALIGNMENT = 16  # bytes that a row must be a multiple of to be fetched by tile

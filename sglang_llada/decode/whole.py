@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_llada.config import Report, Sampling
-from sglang_llada.decode.sampling import Draws, draw
-from sglang_llada.decode.select import Best, Exchange, Head, Lowered, best, lower
+from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.head import Best, Exchange, Head, Lowered
+from sglang_llada.decode.sampling import draw
+from sglang_llada.decode.select import best, lower
 from sglang_llada.decode.transfer import to_device
 
 CHUNK = 256  # positions whose logits exist at once

@@ -77,7 +77,7 @@ def route_blocks(
     if logits.is_cuda:
         from sglang_llada.llada2 import router_triton
 
-        return router_triton.route_blocks(logits, expert_bias, block_size, capacity, top_k, normalise)
+        return Routing(*router_triton.route_blocks(logits, expert_bias, block_size, capacity, top_k, normalise))
     scores = logits.float().sigmoid()
     biased = (scores + expert_bias).unflatten(0, (-1, block_size))  # [B, T, E]
     best = biased.amax(1)  # [B, E]

@@ -11,16 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_llada.llada2.router import PARTS, Routing
-
 WARPS = 8
+PARTS = 3  # of the products, as in router.py
 TOKENS = 4  # of a program of route; each has a warp of its own
 
 
 def route_blocks(
     logits: Tensor, expert_bias: Tensor, block_size: int, capacity: int, top_k: int, normalise: bool
-) -> Routing:
-    """As router.route_blocks."""
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids, as router.route_blocks."""
     tokens, experts = logits.shape
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
@@ -40,7 +39,7 @@ def route_blocks(
             TOP_K_PADDED=triton.next_power_of_2(top_k),
             num_warps=WARPS,
         )
-    return Routing(weights, ids)
+    return weights, ids
 
 
 @triton.jit

@@ -11,8 +11,10 @@ import torch
 from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode import ALGORITHMS, levenshtein
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
-from sglang_llada.decode.decide import CODES, decide, fresh, idle, number, numbers, pack, record, repeated, unpack
-from sglang_llada.decode.select import Head, best
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.layout import CODES, fresh, idle, number, numbers, pack, record, repeated, unpack
+from sglang_llada.decode.select import best
 from tests.sets import set_of
 
 T, V, WIDTH, MASK = 6, 50, 8, 9

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sglang_llada.config import RUN, DecodeConfig
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import decide, fresh, idle, numbers, pack, record, unpack
-from sglang_llada.decode.select import Head
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.layout import fresh, idle, numbers, pack, record, unpack
 from sglang_llada.decode.whole import Group
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_llada.config import Report, Sampling
 from sglang_llada.decode import logprobs
+from sglang_llada.decode.head import Head, Lowered
 from sglang_llada.decode.logprobs import report
-from sglang_llada.decode.select import Head, Lowered, lower
+from sglang_llada.decode.select import lower
 from sglang_llada.decode.whole import Group, order
 
 V, H, R, T, MASK = 50, 8, 6, 4, 9

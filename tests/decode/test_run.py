@@ -9,7 +9,7 @@ import torch
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode import run
 from sglang_llada.decode.contract import BlockRows, Scores, Tokens
-from sglang_llada.decode.decide import fresh, numbers, record, unpack
+from sglang_llada.decode.layout import fresh, numbers, record, unpack
 from tests.sets import set_of
 
 T, MASK, ROWS = 8, 9, 10_000

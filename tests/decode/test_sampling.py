@@ -9,8 +9,9 @@ import torch
 from scipy.stats import chisquare
 
 from sglang_llada.config import Sampling
-from sglang_llada.decode.sampling import Draws, draw, uniform
-from sglang_llada.decode.select import Head
+from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.sampling import draw, uniform
 from sglang_llada.decode.whole import Group, choose, order
 from sglang_llada.llada2 import editing
 from tests.decode.distribution import MASK, SAMPLES, WAYS, V, fit, sampling, share

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_llada.decode.sampling import Draws, draw_sorted
+from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.sampling import draw_sorted
 from tests.decode.distribution import MASK, WAYS, V, sampling, share
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 

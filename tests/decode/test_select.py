@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode import select as selection
-from sglang_llada.decode.select import Best, Head, Lowered, Partial, best, select
+from sglang_llada.decode.head import Best, Head, Lowered, Partial
+from sglang_llada.decode.select import best, select
 
 MASK = 3
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_llada.decode.head import Exchange, Head
 from sglang_llada.decode.sampling import uniform
-from sglang_llada.decode.select import Exchange, Head, select
+from sglang_llada.decode.select import select
 from sglang_llada.decode.whole import Group, choose, order
 from tests.decode import distribution as dist
 

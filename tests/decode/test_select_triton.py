@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode import select as selection
-from sglang_llada.decode.select import Best, Head, Lowered, Partial
+from sglang_llada.decode.head import Best, Head, Lowered, Partial
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, occupancy, run_interpreted
 
 MASK = 3

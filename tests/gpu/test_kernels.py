@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from sglang_llada.config import RUN, DecodeConfig, Report, Sampling
-from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import decide, in_torch, numbers, pack, record
+from sglang_llada.decode.contract import Draws, Tokens
+from sglang_llada.decode.decide import decide, in_torch
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.layout import numbers, pack, record
 from sglang_llada.decode.logprobs import report
-from sglang_llada.decode.sampling import Draws, draw, draw_sorted, uniform, warm_up
-from sglang_llada.decode.select import Head, select
+from sglang_llada.decode.sampling import draw, draw_sorted, uniform, warm_up
+from sglang_llada.decode.select import select
 from sglang_llada.decode.whole import Group, choose, whole_logits
 from sglang_llada.llada2 import attention_triton
 from sglang_llada.llada2.router import products, route, route_blocks, split, summed

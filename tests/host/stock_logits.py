@@ -17,6 +17,7 @@ import torch
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from sglang_llada.decode.layout import RowLayout
 from sglang_llada.host.cpu import experts as cpu_experts
 from sglang_llada.host.engine.executor import Executor
 from sglang_llada.host.engine.rows import WRITTEN
@@ -52,12 +53,15 @@ def load(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
-    decider = SimpleNamespace(block_size=T, idle=[], model=runner.model, last=torch.zeros(1, T + 1, dtype=torch.int64))
+    layout, last = RowLayout(T, 0), torch.zeros(1, T + 1, dtype=torch.int64)
+    idle = [[0] * (layout.record.stop - T)] * BLOCKS
+    decider = SimpleNamespace(block_size=T, layout=layout, idle=idle[0], model=runner.model, last=last)
     executor = Executor(runner, decider)  # type: ignore[arg-type]  # a stand-in
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    written = np.column_stack((ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T), [WRITTEN] * BLOCKS))
-    batch = executor._batch(written)
+    starts = range(0, len(ids), T)
+    written = (ids.view(-1, T).numpy(), idle, [SLOT] * BLOCKS, starts, [WRITTEN] * BLOCKS)
+    batch = executor._batch(np.column_stack(written))
     executor._unfold(batch)
     return runner.forward(batch).logits_output.full_logits
 

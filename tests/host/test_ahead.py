@@ -19,7 +19,7 @@ import torch
 from sglang_llada.blocks import Decided, Ending, Phase, Request, Rules
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
-from sglang_llada.decode.decide import OPEN_COLUMN, fresh, idle, numbers
+from sglang_llada.decode.layout import OPEN_COLUMN, fresh, idle, layout_of, numbers
 
 pytestmark = pytest.mark.host
 
@@ -83,7 +83,7 @@ def new_request(rid: str, prompt: list[int], rules: Rules, new: int) -> Request[
 class Hashed:
     """The decider: what the model says of each row, from the KV that lies in its request's pages."""
 
-    block_size, tokens, idle = T, TOKENS, idle(T, TOKENS)
+    block_size, tokens, idle, layout = T, TOKENS, idle(T, TOKENS), layout_of(T, TOKENS)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
 
     def __init__(self) -> None:

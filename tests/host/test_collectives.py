@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from bench.roofline import collectives
 from sglang_llada.blocks import Request, next_step
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.decide import fresh, numbers
+from sglang_llada.decode.layout import fresh, numbers
 from tests.host.ranks import run_ranks
 from tests.toy import MASK, make_checkpoint
 

@@ -20,7 +20,7 @@ import torch
 from sglang_llada.blocks import Request, next_step
 from sglang_llada.config import DecodeConfig, Report, Sampling
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import fresh, numbers
+from sglang_llada.decode.layout import fresh, numbers
 from tests.host.conftest import TINY
 from tests.host.pretend import HOPPER, in_a_process
 from tests.host.shapes import COPY, KERNEL, WAIT, Device, Event, runner_on

@@ -34,6 +34,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "2560",
         "--chunked-prefill-size",
         "256",
+        "--enable-metrics",
     )
     env = {
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_llada.blocks import Request, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import decide, fresh, idle, numbers
-from sglang_llada.decode.select import Head
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.layout import fresh, idle, layout_of, numbers
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.engine import executor as executor_module
 from sglang_llada.host.engine.executor import Executor
@@ -45,8 +46,8 @@ class Toy:
         self.after = after
         self.embedding = nn.Embedding(50, WIDTH)
         self.buffers = SimpleNamespace(input_ids=torch.zeros(SIZE * T, dtype=torch.int64))
-        self.packed = torch.zeros(SIZE, 2 * T, dtype=torch.int64)
-        self.decide = SimpleNamespace(block_size=T)
+        self.packed = torch.zeros(SIZE, layout_of(T, Tokens(9)).width, dtype=torch.int64)
+        self.decide = SimpleNamespace(layout=layout_of(T, Tokens(9)))
         self.bs = SIZE
         self.factor = torch.full((), 2.0)
         self.model_runner = SimpleNamespace(
@@ -203,6 +204,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
         return decide(hidden, ids, table, count, head=head, block_size=T, tokens=tokens)
 
     decider.block_size, decider.idle = T, idle(T, tokens)  # type: ignore[attr-defined]  # a stand-in
+    decider.layout = layout_of(T, tokens)  # type: ignore[attr-defined]  # a stand-in
     decider.last = torch.zeros(9, T + 4, dtype=torch.int64)  # type: ignore[attr-defined]  # a stand-in
     decider.model = SimpleNamespace(config=SimpleNamespace(vocab_size=50))  # type: ignore[attr-defined]  # a stand-in
     runner = SimpleNamespace(

@@ -8,8 +8,9 @@ from sglang.srt.dllm.algorithm.joint_threshold import joint_threshold_update_ste
 
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import decide, fresh, numbers, record
-from sglang_llada.decode.select import Head
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.head import Head
+from sglang_llada.decode.layout import fresh, numbers, record
 from tests.sets import set_of
 
 pytestmark = pytest.mark.host

@@ -13,7 +13,7 @@ import torch
 from sglang_llada.blocks import Decided, Phase, Plan, Request, Row, Table, next_step
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import State, StepOut, Tokens
-from sglang_llada.decode.decide import fresh, idle, numbers
+from sglang_llada.decode.layout import fresh, idle, layout_of, numbers
 from tests.blocks.test_simulation import EOS, MASK, RULES, VOCAB, T, denoise
 from tests.sets import set_of
 
@@ -33,7 +33,7 @@ def request(rid: str, rng: random.Random, *, plain: bool = True) -> Request[Deco
 class FakeModel:
     """Decides what it is told to."""
 
-    block_size, idle = T, idle(T, TOKENS)
+    block_size, idle, layout = T, idle(T, TOKENS), layout_of(T, TOKENS)
     last = torch.zeros(64, T + 4, dtype=torch.int64)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
     news: list[Decided]
@@ -97,7 +97,7 @@ def test_the_next_step_is_the_same_before_deferrable_rows_decisions_are_taken(
             elif rng.random() < 0.02:
                 table.drop(each.rid)
         plan = next_step(table, BUDGET, [row for row in carried if row.request.phase is Phase.DECODING])
-        assert numbers_of(device.writer, plan) == numbers_of(Writer(T, idle(T, TOKENS)), plan)
+        assert numbers_of(device.writer, plan) == numbers_of(Writer(layout_of(T, TOKENS), idle(T, TOKENS)), plan)
         kept += sum(id(row.block) in device.writer.row_of for row in plan.rows)
         model.news = news_for(plan, rng)
         launched = device.launch(plan)
@@ -117,7 +117,11 @@ def test_the_next_step_is_the_same_before_deferrable_rows_decisions_are_taken(
             made.decide(blocks)
             waited += 1
         after = next_step(table, BUDGET)
-        assert early == numbers_of(device.writer, after) == numbers_of(Writer(T, idle(T, TOKENS)), after)
+        assert (
+            early
+            == numbers_of(device.writer, after)
+            == numbers_of(Writer(layout_of(T, TOKENS), idle(T, TOKENS)), after)
+        )
         assert [row for row in before.rows if row in carried] == carried
         for each in [each for each in table if each.phase is Phase.DONE]:
             table.drop(each.rid)

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_schedule
 from sglang_llada.blocks import Filling, Request, Rules, Table, prefixes
 from sglang_llada.config import DecodeConfig
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import fresh, numbers
+from sglang_llada.decode.layout import fresh, numbers
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.failures import Failures

@@ -28,14 +28,12 @@ from sglang_llada.blocks import Decided, Plan, Request, Row, RowKind, most_rows
 from sglang_llada.config import MOST_LIVE_BLOCKS, MOST_WINDOW, DecodeConfig
 from sglang_llada.decode import transfer
 from sglang_llada.decode.contract import StepOut, Tokens
-from sglang_llada.decode.decide import STAYS, decide, idle, number, pack, repeated
+from sglang_llada.decode.decide import decide
+from sglang_llada.decode.layout import idle, layout_of, number, pack, repeated
 from sglang_llada.decode.logprobs import report
 from sglang_llada.decode.sampling import uniform, warm_up
 from sglang_llada.decode.whole import Group, Shape, order
 from sglang_llada.host.engine.rows import (
-    SLOT,
-    SOURCE,
-    START,
     Flags,
     Numbers,
     Outcome,
@@ -182,9 +180,10 @@ class Decider:
         self.block_size = facts.block_size
         self.tokens = tokens_of(facts)
         self.idle = idle(self.block_size, self.tokens)
-        # What the last step made of its rows, int64 [rows, T + 1 + S + 1], as pack() gives it.
-        width = outcome_width(self.block_size, self.idle)
-        self.last = torch.zeros(forward_rows(model_runner), width, dtype=torch.int64, device=model_runner.device)
+        self.layout = layout_of(self.block_size, self.tokens)
+        # What the last step made of its rows, int64 [rows, made], as pack() gives it.
+        rows, made = forward_rows(model_runner), self.layout.made
+        self.last = torch.zeros(rows, made, dtype=torch.int64, device=model_runner.device)
 
     def __call__(self, hidden: Tensor, ids: Tensor, table: Tensor, count: int, **options: Any) -> StepOut:
         """As decide(), with its groups and codes as options."""
@@ -211,7 +210,8 @@ class Executor:
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.graphs = model_runner.decode_cuda_graph_runner
         self.offsets = torch.arange(self.block_size, device=self.device)
-        self.writer = Writer(self.block_size, decider.idle)
+        self.layout = decider.layout
+        self.writer = Writer(self.layout, decider.idle)
         # Which tokens end a request that asks for nothing else, or stand for logits that are not finite (-1).
         self.stops = np.zeros(decider.model.config.vocab_size + 1, bool)
         self.stops[-1] = True
@@ -252,13 +252,14 @@ class Executor:
             outcome = pack(decided, trace=True) if trace else self.decide.last[: len(planned)]
         elif deciding.any():
             rows = self._rows_of(batch)
-            options: dict[str, Any] = {"groups": groups, "codes": algorithms(written)}
+            options: dict[str, Any] = {"groups": groups, "codes": algorithms(written, self.layout)}
             if output.can_run_graph:  # whose decisions stand but for the groups' positions
                 options["best"] = output.logits_output.decided.best
-            count = changeable(written, T)
+            count = changeable(written, self.layout)
             decided = self.decide(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
             outcome = pack(decided, trace=trace)
-            self.decide.last[: len(planned)] = outcome[:, : self.decide.last.shape[1]]
+            self.decide.last[: len(planned)] = outcome[:, : self.layout.made]
+        goes_on = (written[:, self.layout.source] >= 0).tolist()
         reports = None
         if groups:
             blocks, unmoved = self._rows_of(batch).ids.view(-1, T), self.offsets.expand(len(planned), -1)
@@ -275,7 +276,7 @@ class Executor:
             groups=asking,
             reports=None if reports is None else to_host(reports),
             failed=failed,
-            taken_over=frozenset(id(row.block) for row in compress(planned, (written[:, SOURCE] >= 0).tolist())),
+            taken_over=frozenset(id(row.block) for row in compress(planned, goes_on)),
         )
 
     def read(self, launched: InFlight) -> StepResult | None:
@@ -288,7 +289,7 @@ class Executor:
             return None
         rows = launched.plan.rows
         numbers = launched.outcome.wait()[: len(rows)]
-        outcome = Outcome(numbers, self.block_size, len(self.decide.idle) - 1 - len(STAYS))
+        outcome = Outcome(numbers, self.layout)
         deciding = launched.deciding & np.fromiter(map(is_live, rows), bool, len(rows))
         self.writer.keep(launched.plan, outcome, deciding)
         deferrable = launched.can_defer & deciding & (outcome.done == 0)
@@ -370,7 +371,7 @@ class Executor:
             self.shapes[R] = self._batch_of(R)
         batch = object.__new__(ForwardBatch)  # a copy; its constructor goes through a hundred fields
         vars(batch).update(vars(self.shapes[R]))
-        slots, starts = written[:, SLOT].copy(), written[:, START].copy()
+        slots, starts = written[:, self.layout.slot].copy(), written[:, self.layout.start].copy()
         batch.written_rows, batch.rows = written, None
         batch.req_pool_indices_cpu, batch.seq_lens_cpu = torch.from_numpy(slots), torch.from_numpy(starts + T)
         batch.extend_prefix_lens_cpu = starts.tolist()
@@ -400,9 +401,9 @@ class Executor:
     def _rows_of(self, batch: ForwardBatch) -> Rows:
         """The batch's rows on the device. Rows with a source are asked for before the forward, which replaces it."""
         if batch.rows is None:
-            carries = bool((batch.written_rows[:, SOURCE] >= 0).any())
+            carries = bool((batch.written_rows[:, self.layout.source] >= 0).any())
             packed = to_device(batch.written_rows, self.device)
-            batch.rows = unfold(packed, self.decide.last, self.req_to_token, self.block_size, carries=carries)
+            batch.rows = unfold(packed, self.decide.last, self.req_to_token, self.layout, carries=carries)
         return batch.rows
 
     def _batch_of(self, rows: int) -> ForwardBatch:
@@ -433,11 +434,6 @@ def forward_rows(model_runner: Any) -> int:
     block_size = facts_of(args.model_path, args.revision).block_size
     each = MOST_WINDOW + MOST_LIVE_BLOCKS
     return most_rows(model_runner.req_to_token_pool.size, row_budget(args.chunked_prefill_size, block_size), each)
-
-
-def outcome_width(block_size: int, idle: list[int]) -> int:
-    """Columns of an outcome without a trace: T + 1 + S + 1."""
-    return block_size + len(idle) - len(STAYS) + 1
 
 
 def to_device(numbers: Numbers, device: Any) -> Tensor:

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCuda
 from torch import Tensor
 
 from sglang_llada.decode.contract import StepOut
-from sglang_llada.decode.decide import pack
+from sglang_llada.decode.layout import pack
 from sglang_llada.decode.transfer import copy_to
 from sglang_llada.host.attention import backend as attention
 from sglang_llada.host.attention.backend import KernelAttention
@@ -72,7 +72,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
         packed, last = self.packed[:size], self.decide.last
 
         def step(input_ids: Tensor, positions: Tensor, batch: Any) -> StepOutput:
-            rows = unfold(packed, last, self.req_to_token, self.decide.block_size)
+            rows = unfold(packed, last, self.req_to_token, self.decide.layout)
             for static, value in (
                 (input_ids, rows.ids),
                 (positions, rows.positions),
@@ -104,7 +104,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
 
 def idle_row(decide: Decider) -> Numbers:
-    """A row that pads a captured size, [1, T + K + 3]: decides nothing, in the slot that the host keeps for padding."""
+    """A row that pads a captured size, [1, width]: decides nothing, in the slot that the host keeps for padding."""
     return np.array([[0] * decide.block_size + decide.idle + [0, 0, WRITTEN]], np.int64)
 
 

@@ -1,6 +1,6 @@
 """The rows of a forward as numbers, in one copy to the device.
 
-A row is its tokens, its record (decode/decide.py), its request's place in the host's req_to_token table, its first
+A row (decode/layout.py) is its tokens, its record, its request's place in the host's req_to_token table, its first
 position and its source. What a step gives back of a row is what the next one is told of it. A row whose block goes on
 while that step is not read yet is therefore taken from the step's outcome where it lies, on the device: its source says
 which row it was there. All others are written out here, from what the host knows: of rows that went on and were read,
@@ -21,14 +21,12 @@ from torch import Tensor
 from sglang_llada.blocks import Block, Decided, Plan, Request, Row
 from sglang_llada.blocks.planner import BLOCK
 from sglang_llada.config import DecodeConfig
-from sglang_llada.decode.decide import ALGORITHM_COLUMN, EDITABLE_COLUMN, OPEN_COLUMN, record
+from sglang_llada.decode.layout import RowLayout, record
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 WRITTEN = -1  # the source of a row that is written out
-PLACE = ("slot", "start", "source")  # the last columns of a row
-SLOT, START, SOURCE = range(-len(PLACE), 0)
 
 
 class Rows(NamedTuple):
@@ -48,75 +46,71 @@ class Rows(NamedTuple):
     end: Tensor
 
 
-def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, block_size: int, *, carries: bool = True) -> Rows:
+def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, layout: RowLayout, *, carries: bool = True) -> Rows:
     """Rows from their numbers on the device: the same eagerly and inside a CUDA graph.
 
     A row whose block turns out to be done, when it goes on, seals it: its KV is what counts, and nobody asks what the
     step makes of it.
 
     Args:
-        packed: int64 [R, T + K + 3], as Writer.write() gives them.
-        last: the outcome of the step before this one, int64 [at least its rows, T + 1 + S + 1].
+        packed: int64 [R, width], as Writer.write() gives them.
+        last: the outcome of the step before this one, int64 [at least its rows, made].
         req_to_token: the host's table, [slots, positions].
         carries: whether some row may have a source; a graph does not know.
     """
-    T, width = block_size, last.shape[1] - 1  # of what goes on: T + 1 + S
-    slot, start, source = packed[:, SLOT:].T.contiguous()  # as kernels take them
-    ids, table = packed[:, :T], packed[:, T:SLOT]
+    T = layout.block_size
+    slot, start, source = packed[:, layout.place].T.contiguous()  # as kernels take them
+    ids, table = packed[:, layout.tokens], packed[:, layout.record]
     if carries:
-        from_last = last.index_select(0, source.clamp(min=0))[:, :width]
-        begin = torch.where(source[:, None] >= 0, from_last, packed[:, :width])
-        ids, table = begin[:, :T], torch.cat((begin[:, T:], packed[:, width:SLOT]), dim=-1)
+        from_last = last.index_select(0, source.clamp(min=0))[:, layout.kept]
+        begin = torch.where(source[:, None] >= 0, from_last, packed[:, layout.kept])
+        ids, table = begin[:, layout.tokens], torch.cat((begin[:, T:], packed[:, layout.stays]), dim=-1)
     positions = start[:, None] + torch.arange(T, device=packed.device)
     loc = req_to_token.view(-1).index_select(0, (positions + (slot * req_to_token.shape[1])[:, None]).view(-1)).long()
     return Rows(ids.reshape(-1), positions.view(-1), loc, table.contiguous(), slot, start, start + T)
 
 
 class Outcome(NamedTuple):
-    """What a step made of R rows, on the host.
-
-    numbers: int64 [R, W], as decide.pack() gives them. state_size: columns of a state, S.
-    """
+    """What a step made of R rows, on the host: int64 [R, at least made], as layout.pack() gives it."""
 
     numbers: Numbers
-    block_size: int
-    state_size: int
+    layout: RowLayout
 
     @property
     def ids(self) -> Numbers:
         """[R, T]."""
-        return self.numbers[:, : self.block_size]
+        return self.numbers[:, self.layout.tokens]
 
     @property
     def kept(self) -> Numbers:
         """What the next step's rows begin with, [R, T + 1 + S]."""
-        return self.numbers[:, : self.block_size + 1 + self.state_size]
+        return self.numbers[:, self.layout.kept]
 
     @property
     def done(self) -> Numbers:
         """0 or 1, [R]."""
-        return self.numbers[:, self.block_size + 1 + self.state_size]
+        return self.numbers[:, self.layout.done]
 
     def decided(self, which: Numbers) -> list[Decided]:
         """What the step made of some of its rows."""
-        T, end = self.block_size, self.block_size + 1 + self.state_size
-        rows = self.numbers[which, : end + 1].tolist()
-        return [Decided(row[:T], row[T], row[end] == 1, row[T + 1 : end]) for row in rows]
+        tokens, is_open, state, done = (getattr(self.layout, name) for name in ("tokens", "open", "state", "done"))
+        rows = self.numbers[which, : self.layout.made].tolist()
+        return [Decided(row[tokens], row[is_open], row[done] == 1, row[state]) for row in rows]
 
     def trace(self, row: int) -> list[int]:
         """Of a row of a step that was told to give them: written, origin and prob, 3 T."""
-        numbers: list[int] = self.numbers[row, self.block_size + 2 + self.state_size :].tolist()
+        numbers: list[int] = self.numbers[row, self.layout.trace].tolist()
         return numbers
 
 
 class Writer:
-    """Writes the rows of plan after plan, int64 [R, T + K + 3]: tokens, record, and PLACE."""
+    """Writes the rows of plan after plan, int64 [R, width]."""
 
-    def __init__(self, block_size: int, idle: list[int]) -> None:
+    def __init__(self, layout: RowLayout, idle: list[int]) -> None:
         """`idle`: the record of a row that decides nothing."""
-        self.block_size, self.idle = block_size, idle
+        self.layout, self.idle = layout, idle
         self.plan = Plan([])  # of the last step launched
-        self.rows: Numbers = np.empty((0, block_size + len(idle) + len(PLACE)), np.int64)  # its rows
+        self.rows: Numbers = np.empty((0, layout.width), np.int64)  # its rows
         self.read = True  # whether they are what that step made of them
         # Where in those each block's row stands that goes on as the step left it; by the identities of the blocks,
         # which `plan` keeps.
@@ -140,8 +134,7 @@ class Writer:
         """
         if plan is not self.plan:
             return  # the step after it is launched, and took them on the device
-        kept = outcome.kept
-        self.rows[:, : kept.shape[1]] = kept
+        self.rows[:, self.layout.kept] = outcome.kept
         self.read = True
         for r in ((outcome.done == 1) | ~live).nonzero()[0].tolist():
             self.row_of.pop(id(plan.rows[r].block), None)
@@ -170,7 +163,7 @@ class Writer:
             added = np.frombuffer(array("q", flat), np.int64).reshape(len(new), -1)
             written = np.concatenate((written, added))
         written = written[origin]
-        written[:, SOURCE] = source
+        written[:, self.layout.source] = source
         return written
 
 
@@ -185,14 +178,14 @@ def is_live(row: Row) -> bool:
     return bool(blocks) and blocks[0].start <= row.start <= blocks[-1].start
 
 
-def algorithms(written: Numbers) -> set[int]:
+def algorithms(written: Numbers, layout: RowLayout) -> set[int]:
     """The codes of those that any row asks for, idle ones included."""
-    return set(written[:, ALGORITHM_COLUMN + SLOT].tolist())
+    return set(written[:, layout.algorithm].tolist())
 
 
-def changeable(written: Numbers, block_size: int) -> int:
+def changeable(written: Numbers, layout: RowLayout) -> int:
     """Positions that are open or may be edited; of rows with a source at most so many, since nothing is added."""
-    sets = written[:, block_size + OPEN_COLUMN] | written[:, EDITABLE_COLUMN + SLOT]
+    sets = written[:, layout.open] | written[:, layout.editable]
     return sum(map(int.bit_count, sets.tolist()))
 
 

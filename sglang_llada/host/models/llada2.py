@@ -42,7 +42,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
-from sglang_llada.decode.select import Exchange, Head
+from sglang_llada.decode.head import Exchange, Head
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.models.parts.loading import load_tensors
 from sglang_llada.llada2.config import Llada2Config

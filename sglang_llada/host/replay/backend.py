@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sglang_llada.errors import IntegrityError
 from sglang_llada.host.engine.graphs import RowGraphRunner
-from sglang_llada.host.engine.rows import SLOT
 from sglang_llada.host.facts import is_ours
 from sglang_llada.host.operations import kernel
 from sglang_llada.host.replay.recording import Recording, recording, tensors
@@ -112,10 +111,10 @@ class ReplayBackend(BaseCudaGraphBackend):
 
     def _poison(self, rows: int) -> None:
         runner = self.runner
-        size, block_size = runner.bs, runner.decide.block_size
-        self.padding = slice(rows * block_size, size * block_size)
-        runner.packed[rows:size, :block_size] = POISON_TOKEN
-        runner.packed[rows:size, block_size:SLOT] = POISON_FIELD
+        size, layout = runner.bs, runner.decide.layout
+        self.padding = slice(rows * layout.block_size, size * layout.block_size)
+        runner.packed[rows:size, layout.tokens] = POISON_TOKEN
+        runner.packed[rows:size, layout.record] = POISON_FIELD
 
     def _poison_hidden(self, module: Any, args: Any, hidden: Tensor) -> None:
         poison(hidden, self.padding)
