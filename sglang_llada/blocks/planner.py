@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from sglang_llada.blocks.request import Block, Phase, Request
+from sglang_llada.blocks.block import Block
+from sglang_llada.blocks.request import Phase, Request
 
 FILL_SHARE = 0.25
 

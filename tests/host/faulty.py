@@ -33,7 +33,7 @@ STAGES = {
     "prompt group": f"{EXECUTOR}._prompt_group",
     "group": f"{EXECUTOR}._group",
     "shaping": "sglang_llada.host.requests.shaping.Shaping._counts",
-    "noted": f"{ENGINE}.executor.StepResult.noted",
+    "noted": f"{ENGINE}.step.StepResult.noted",
     "decide": f"{REQUEST}.decide",
     "snapshot": f"{ENGINE}.pipeline.snapshot_of",
     "logprobs": f"{ENGINE}.booking.book_logprobs",

@@ -9,11 +9,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang_llada.blocks import Ending, Phase, Table
 from sglang_llada.errors import ConfigError, IntegrityError
 from sglang_llada.host.engine.endings import Endings, ends_by_text
-from sglang_llada.host.engine.executor import InFlight
 from sglang_llada.host.engine.failures import Failures, log
 from sglang_llada.host.engine.metrics import Metrics
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
+from sglang_llada.host.engine.step import InFlight
 from sglang_llada.host.engine.streaming import book_logprobs, book_prompt_logprobs
 
 

@@ -11,8 +11,9 @@ from collections import deque
 from sglang_llada.blocks import Decided, Phase, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.engine.executor import Decision, Executor, InFlight, StepResult
+from sglang_llada.host.engine.executor import Executor
 from sglang_llada.host.engine.failures import Failures
+from sglang_llada.host.engine.step import Decision, InFlight, StepResult
 from sglang_llada.host.engine.streaming import snapshot_of
 from sglang_llada.host.requests.grammar import conform
 

@@ -10,7 +10,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 
 from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
-from sglang_llada.host.engine.executor import Note
+from sglang_llada.host.engine.step import Note
 from sglang_llada.host.requests.meta_info import CONFIDENCES, FORWARD_COUNTS, NFE, SNAPSHOTS, STEP_MAPS, STEPS
 
 logger = logging.getLogger(__name__)
