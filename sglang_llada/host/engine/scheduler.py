@@ -29,7 +29,6 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch
@@ -48,13 +47,12 @@ from sglang_llada.host.engine.failures import Failures, carried_out
 from sglang_llada.host.engine.metrics import Metrics
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
+from sglang_llada.host.engine.ranks import rows_of_ranks
 from sglang_llada.host.engine.streaming import LladaOutputStreamer
 from sglang_llada.host.facts import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.requests.wishes import ends_of_tokenizer
 
 logger = logging.getLogger(__name__)
-
-IDLE_SECONDS = 0.001  # between questions to the other DP attention ranks; nothing wakes a rank but an answer
 
 
 class LladaScheduler(Scheduler):
@@ -182,7 +180,7 @@ class LladaScheduler(Scheduler):
     def _launch(self) -> bool:
         """Plan the next step and launch it."""
         plan = self._plan()
-        rows = self._rows_of_ranks(len(plan.rows))
+        rows = rows_of_ranks(len(plan.rows), self.attention_ranks)
         if not any(rows):
             return False
         self._enqueue(plan, rows)
@@ -218,18 +216,6 @@ class LladaScheduler(Scheduler):
             except Exception:
                 if not self.endings.end_contradictory():
                     raise
-
-    def _rows_of_ranks(self, mine: int) -> list[int]:
-        """Rows that each DP attention rank has for the next forward: all take part, or none does."""
-        if self.attention_ranks == 1:
-            return [mine]
-        parallel = get_parallel()
-        everyones = torch.empty(parallel.tp_size, dtype=torch.int64)
-        torch.distributed.all_gather_single(everyones, torch.tensor([mine]), group=parallel.tp_group.cpu_group)
-        rows: list[int] = everyones[:: parallel.attn_tp_size].tolist()
-        if not any(rows):
-            time.sleep(IDLE_SECONDS)
-        return rows
 
     # --- admission --------------------------------------------------------------------------------------------------
 
