@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import sglang_llada
 from sglang_llada import config, plugin
 from sglang_llada.errors import ConfigError, HostMismatch
-from sglang_llada.host.seam import check, table
+from sglang_llada.host.seam import check
 
 ENTRY_POINT = "sglang_llada"
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -55,19 +55,24 @@ def show_env() -> int:
 
 
 def show_check() -> int:
-    """Every seam with ok or what differs, then the verdict."""
+    """What differs from the table of each release, which of them is in use, and whether the host will load us."""
     host = check.installed_host()
-    differing = 0
-    for seam, difference in check.compare(table.SEAMS, host):
-        print(f"{'differs' if difference else 'ok':8} {seam.kind.value:8} {seam.target}")
-        if difference:
-            differing += 1
-            print(f"{'':17} {difference}\n{'':17} needed because: {seam.why}")
-    fits = host.version == table.RELEASE
-    print(f"{'ok' if fits else 'differs':8} release  sglang {host.version}, expected {table.RELEASE}")
-    reason = exclusion(os.environ)
-    print(f"plugin is {standing(os.environ)}; {differing} of {len(table.SEAMS)} seams differ")
-    return 0 if fits and not differing and reason is None else 1
+    print(f"sglang {host.version} in {host.root}")
+    compared = check.compare(host)
+    fits = not compared[0].differences
+    for comparison in compared:
+        version, seams = comparison.release.version, comparison.release.seams
+        print(f"table of {version}: {len(comparison.differences)} of {len(seams)} seams differ")
+        for difference in comparison.differences:
+            print(
+                f"  {difference.seam.kind.value:8} {difference.sentence}\n{'':11}needed because: {difference.seam.why}"
+            )
+    if fits:
+        print(f"in use: the table of {compared[0].release.version}")
+    else:
+        print("in use: none, so LLaDA2 models are refused and others are left to the host")
+    print(f"plugin is {standing(os.environ)}")
+    return 0 if fits and exclusion(os.environ) is None else 1
 
 
 def show_model(model: str, revision: str | None) -> int:

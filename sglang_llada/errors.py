@@ -8,7 +8,7 @@ class ConfigError(ValueError):
 
 
 class HostMismatch(SystemExit):
-    """The installed SGLang is not the release that the seams were written for.
+    """There is no SGLang, or one that fits no table of seams, and a LLaDA2 model is to be served.
 
     A SystemExit, because the host swallows ordinary exceptions of plugins and would go on with its stock code.
     """

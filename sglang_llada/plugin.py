@@ -16,10 +16,13 @@ def activate() -> str | None:
     """Platform entry point: the class path of our CPU platform, or None to leave the choice to the host.
 
     Called on first use of the host's current_platform, possibly with the host half imported: imports nothing of it.
+    None on a host that fits no table, too: our platform needs repairs of the host, which are not put in place there.
     """
     from sglang_llada.accelerator import activate_platform
+    from sglang_llada.host.seam import check
 
-    return activate_platform()
+    platform = activate_platform()
+    return platform if platform is not None and check.fits() else None
 
 
 def register() -> None:

@@ -45,6 +45,7 @@ RULES = {
 
 # Rooms of host/: each may import those before it. A file beside the rooms counts as one.
 HOST = (
+    "earlier",
     "backends",
     "hub",
     "facts",

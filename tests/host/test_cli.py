@@ -9,8 +9,9 @@ import pytest
 
 import sglang_llada
 from sglang_llada.__main__ import main
-from sglang_llada.host.seam import table
-from sglang_llada.host.seam.table import Kind, Seam
+from sglang_llada.host.seam import check
+from sglang_llada.host.seam.releases import RELEASES
+from sglang_llada.host.seam.rows import Kind, Seam
 
 pytestmark = pytest.mark.host
 
@@ -25,7 +26,7 @@ def test_env_names_versions_mode_and_standing(capsys: pytest.CaptureFixture[str]
     assert main(["env"]) == 0
     facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert facts["sglang-llada"] == sglang_llada.__version__
-    assert facts["sglang"] == table.RELEASE
+    assert facts["sglang"] == check.installed_host().version
     assert facts["mode"] == "on (SGLANG_LLADA)"
     assert facts["plugin"] == "active"
     assert "platform" in facts
@@ -37,22 +38,35 @@ def test_env_refuses_an_unknown_mode(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "SGLANG_LLADA is 'maybe'" in capsys.readouterr().err
 
 
-def test_check_lists_every_seam(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_holds_the_host_against_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
     out = capsys.readouterr().out
-    assert all(seam.target in out for seam in table.SEAMS)
-    assert "differs" not in out
+    version = check.installed_host().version
+    assert f"table of {version}: 0 of " in out
+    assert all(f"table of {release.version}: " in out for release in RELEASES)
+    assert "expected missing" in out or "is missing" in out  # of the other tables
+    assert f"in use: the table of {version}" in out
     assert "plugin is active" in out
 
 
 def test_check_shows_what_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = Seam("sglang.srt.gone:Thing", Kind.HOOK, "(self)", "the reason", "until")
-    monkeypatch.setattr(table, "SEAMS", (*table.SEAMS, row))
+    tables = [release.but(release.version, {}, (row,)) for release in RELEASES]
+    monkeypatch.setattr(check.compare, "__defaults__", (tables,))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
     assert "module sglang.srt.gone is missing" in out
     assert "the reason" in out
-    assert f"1 of {len(table.SEAMS)} seams differ" in out
+    assert f": 1 of {len(check.compare(check.installed_host())[0].release.seams)} seams differ" in out
+    assert "in use: none, so LLaDA2 models are refused" in out
+
+
+def test_check_without_a_host_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    assert main(["check"]) == 1
+    assert "SGLang is not installed. Install a release that it supports" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from sglang_llada import plugin
+from sglang_llada import accelerator, plugin
 from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
-from sglang_llada.errors import ConfigError, HostMismatch
-from sglang_llada.host import facts
-from sglang_llada.host.seam import check, install
+from sglang_llada.errors import ConfigError
+from sglang_llada.host import earlier, facts
+from sglang_llada.host.seam import check, install, refuse
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.config import Llada2Config
 
@@ -104,13 +104,13 @@ def test_unknown_mode_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
-    def mismatch() -> None:
-        raise HostMismatch("another release")
-
+def test_on_a_host_that_fits_no_table_models_are_refused_and_nothing_is_hooked(
+    monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
     hooked: list[str] = []
     monkeypatch.setenv("SGLANG_LLADA", mode.value)
-    monkeypatch.setattr(check, "require", mismatch)
+    monkeypatch.setattr(check, "fits", lambda: False)
+    monkeypatch.setattr(refuse, "refuse_models", lambda: hooked.append("refuse_models"))
     for name in (
         "register_config",
         "hook_arguments",
@@ -121,9 +121,49 @@ def test_mismatch_stops_the_process_before_anything_is_hooked(monkeypatch: pytes
     ):
         monkeypatch.setattr(install, name, lambda *_, name=name: hooked.append(name))
     install.install.cache_clear()
-    with pytest.raises(SystemExit, match="another release"):
-        plugin.register()
-    assert hooked == []
+    plugin.register()
+    install.install.cache_clear()
+    assert hooked == ["refuse_models"]
+
+
+REFUSED = """
+import sys
+from sglang_llada.host.seam import check
+check.mismatch = lambda: SystemExit("refused")
+from sglang_llada.host.seam.refuse import refuse_models
+refuse_models()
+from transformers import AutoConfig
+AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "llada2_moe"}, "refused"),
+        ({"model_type": "llada2_moe_veomni"}, "refused"),
+        ({"model_type": "llada2_moe", "auto_map": {"AutoConfig": "code.Config"}}, "refused"),
+        ({"model_type": "llama"}, ""),
+    ],
+)
+def test_whoever_reads_a_refused_checkpoint_ends(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1:] == ([said] if said else []), done.stderr
+    assert done.returncode == (said != "")
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_our_platform_is_for_hosts_that_fit(monkeypatch: pytest.MonkeyPatch, fit: bool) -> None:
+    monkeypatch.setattr(accelerator, "activate_platform", lambda: accelerator.PLATFORM)
+    monkeypatch.setattr(check, "fits", lambda: fit)
+    assert plugin.activate() == (accelerator.PLATFORM if fit else None)
+
+
+def test_on_a_machine_with_a_device_no_time_goes_into_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "activate_platform", lambda: None)
+    monkeypatch.delattr(check, "fits")
+    assert plugin.activate() is None
 
 
 def test_any_other_failure_stops_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +345,16 @@ ASKING = {
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
     "--attention-backend other than flashinfer, triton, torch_native, llada_rows": {"attention_backend": "fa3"},
     "CUDA graphs of prefills": {"cuda_graph_backend_prefill": "breakable"},
+    "--tokenizer-worker-num above 1 with this release of SGLang, whose HTTP processes load no plugins": {
+        "tokenizer_worker_num": 2
+    },
 }
+
+
+@pytest.fixture
+def one_http_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release whose further HTTP processes load no plugins."""
+    monkeypatch.setattr(earlier, "names_http_app", lambda: False)
 
 
 def test_every_refusal_is_tested(arguments: Any) -> None:
@@ -313,6 +362,7 @@ def test_every_refusal_is_tested(arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("option", ASKING)
+@pytest.mark.usefixtures("one_http_process")
 def test_unsupported_options_are_refused_by_name(arguments: Any, llada2: str, option: str) -> None:
     with pytest.raises(ConfigError) as error:
         filled(arguments, Mode.ON, model_path=llada2, **ASKING[option])

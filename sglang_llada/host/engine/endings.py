@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sglang_llada.blocks import Table
 from sglang_llada.errors import IntegrityError
+from sglang_llada.host import earlier
 from sglang_llada.host.engine.failures import Failures
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
@@ -79,7 +80,7 @@ class Endings:
 
     def answer_failed(self, req: Any, reason: FINISH_ABORT) -> None:
         """Answer a request, or what was received of it, of which there is no output to send."""
-        self.host.send_abort_output(AbortReq(rid=req.rid, finished_reason=reason.to_json()), req)
+        earlier.send_abort_output(self.host, AbortReq(rid=req.rid, finished_reason=reason.to_json()), req)
 
 
 def may_differ(req: Any) -> bool:

@@ -39,6 +39,7 @@ from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Phase, Plan, Row, Table, next_step
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, read_switch
+from sglang_llada.host import earlier
 from sglang_llada.host.engine.admission import Admission
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.endings import Endings
@@ -244,7 +245,7 @@ class LladaScheduler(Scheduler):
         for req in [req for req in self.waiting_queue if req.rid == recv_req.rid]:
             self.waiting_queue.remove(req)
             self._release_aborted_request(req)
-            self.send_abort_output(AbortReq(rid=req.rid, finished_reason=recv_req.finished_reason), req)
+            earlier.send_abort_output(self, AbortReq(rid=req.rid, finished_reason=recv_req.finished_reason), req)
         status = HTTPStatus.SERVICE_UNAVAILABLE if recv_req.abort_message else None  # of one that took too long
         for req in (*self.grammar_manager.grammar_queue, *self.running_batch.reqs):
             if req.rid == recv_req.rid and not req.finished():

@@ -24,7 +24,6 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import (
-    TopK,
     TopKOutputFormat,
     build_precomputed_topk_output,
     precomputed_topk_postprocess_is_noop,
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 from sglang_llada.decode.head import Exchange, Head
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.models.parts.loading import load_tensors
+from sglang_llada.host.models.parts.topk import HostTopK
 from sglang_llada.llada2.config import Llada2Config
 from sglang_llada.llada2.router import products, router_of, split, summed
 from sglang_llada.llada2.weights import PREFIXES, as_it_is
@@ -239,7 +239,7 @@ class MoE(nn.Module):
             "correction_bias": self.gate.expert_bias.data,
             "scoring_func": "sigmoid",
         }
-        self.topk = TopK(
+        self.topk = HostTopK(
             top_k=c.num_experts_per_tok,
             layer_id=layer_id,
             renormalize=c.norm_topk_prob,
@@ -267,7 +267,7 @@ class MoE(nn.Module):
         self.topk.topk_config.apply_routed_scaling_factor_on_output = (
             self.experts.should_fuse_routed_scaling_factor_in_topk
         )
-        self.topk.bind_runner_backend(self.experts.runner_backend, routing_method_type=self.experts.routing_method_type)
+        self.topk.bind(self.experts)
         self.shared_experts = (
             MLP(c.hidden_size, c.shared_intermediate_size, quant_config, add_prefix("shared_experts", prefix))
             if c.num_shared_experts and not self.joined

@@ -26,6 +26,8 @@ from sglang.srt.function_call.core_types import ToolCallItem
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
+from sglang_llada.host import earlier
+
 TAG = r"<[^<>\s]{1,64}>"
 TOKEN = re.compile(rf"{TAG}|\w+|\s+|.", re.DOTALL)
 CUT_TAG = re.compile(r"<[^<>\s]{0,64}\Z")
@@ -89,14 +91,14 @@ class PiecewiseCalls(FunctionCallParser):
 
     def parse_stream_chunk(self, chunk_text: str) -> tuple[str, list[ToolCallItem]]:
         """What a piece of the stream adds: normal text up to the first call, and calls."""
-        if not self.tools and not self.detector.parses_without_tools():
+        if not self.tools and not earlier.parses_without_tools(self.detector):
             return chunk_text, []
         self._text += chunk_text
         return self._sent(self._feed(chunk_text, last=False))
 
     def parse_stream_end(self) -> tuple[str, list[ToolCallItem]]:
         """What is held back, and what the whole answer has and the stream has not brought."""
-        if not self.tools and not self.detector.parses_without_tools():
+        if not self.tools and not earlier.parses_without_tools(self.detector):
             return "", []
         text, calls = self._sent(self._feed("", last=True))
         said, found = self._whole()

@@ -14,14 +14,14 @@ from typing import Any
 
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB as ORIGINAL_LOGPROBS
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-from sglang.srt.sampling.sampling_params import REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY
 
 from sglang_llada.config import KEYS, DecodeConfig, Report, Sampling
 from sglang_llada.errors import ConfigError
+from sglang_llada.host import earlier
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
-HOST_PARAMS = {REQUEST_REASONING_END_TOKEN_IDS_KEY, REQUEST_REASONING_IN_GRAMMAR_KEY, "thinking_budget"}
+HOST_PARAMS = {*earlier.private_params(), "thinking_budget"}
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 

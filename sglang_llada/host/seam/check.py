@@ -1,7 +1,8 @@
-"""Whether the installed host has every name of the table, looked up before anything is hooked.
+"""Which table of seams the installed host fits, looked up before anything is hooked.
 
 The check reads the host's source files and imports none of them: a release that renamed a method or changed its
-parameters is reported in less than a second, in one message that lists every difference.
+parameters is reported in about a second, with every difference. It goes by names and signatures, not by the version:
+a release that nobody has tried may well fit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import gc
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_llada.errors import HostMismatch
-from sglang_llada.host.seam.table import CLASS, RELEASE, SEAMS, VALUE, Seam
+from sglang_llada.host.seam.releases import NEWEST, RELEASES
+from sglang_llada.host.seam.rows import CLASS, MISSING, VALUE, Release, Seam
 
-CHECKED = "SGLANG_LLADA_CHECKED"  # in the environment of child processes: the host that was checked
+CHECKED = "SGLANG_LLADA_CHECKED"  # in the environment of child processes: the verdict, and the host that it is of
+FITS, DIFFERS = "fits", "differs"
+UNKNOWN = "of an unknown release"
+
+INSTALL = (
+    f"Install a release that it supports ({', '.join(release.version for release in RELEASES)}): "
+    f"pip install 'sglang-llada[host]' takes {NEWEST.version}"
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,44 +42,125 @@ class Host:
     root: Path
 
 
-Scopes = dict[ast.AST, dict[str, ast.AST]]  # what modules and classes bind, looked up once per check
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A row of a table that is otherwise in the host, in one sentence."""
+
+    seam: Seam
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A host held against the table of a release."""
+
+    release: Release
+    differences: tuple[Difference, ...]
 
 
 def installed_host() -> Host:
-    """The host that this Python would import, found without importing it."""
+    """The host that this Python would import, found without importing it.
+
+    Raises:
+        HostMismatch: there is none.
+    """
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise HostMismatch(f"sglang-llada: SGLang is not installed; install sglang=={RELEASE}")
-    return Host(importlib.metadata.version("sglang"), Path(spec.submodule_search_locations[0]))
+        raise HostMismatch(f"sglang-llada: SGLang is not installed. {INSTALL}.")
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        version = UNKNOWN
+    return Host(version, Path(spec.submodule_search_locations[0]))
 
 
-def require(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> None:
-    """Raise HostMismatch with every difference between the table and the host (the installed one by default).
+def fits(host: Host | None = None) -> bool:
+    """Whether the host (the installed one by default) has every name of a table; says so where that needs a word.
 
     Processes that this one starts need not check the same host again: there are three or more, at a second each.
     """
     host = installed_host() if host is None else host
-    checked = f"{host.version} {host.root}"
-    if os.environ.get(CHECKED) == checked:
-        return
-    found = differences(table, host)
-    if found:
-        listed = "\n".join(f"  - {each}" for each in found)
-        raise HostMismatch(
-            f"sglang-llada: the installed SGLang is not the release that it was written for, {RELEASE}:\n{listed}\n"
-            f"Install sglang=={RELEASE}, or a release of sglang-llada that supports this one."
-        )
-    os.environ[CHECKED] = checked
+    this = f"{host.version} {host.root}"
+    verdict, _, checked = os.environ.get(CHECKED, "").partition(" ")
+    if checked != this:
+        nearest = compare(host)[0]
+        verdict = DIFFERS if nearest.differences else FITS
+        os.environ[CHECKED] = f"{verdict} {this}"
+        if nearest.differences:
+            logger.warning(
+                "sglang-llada does not know SGLang %s: %d of the names that it needs differ from those of %s. LLaDA2 "
+                "models are refused; others are served without it. `python -m sglang_llada check` lists what differs",
+                host.version,
+                len(nearest.differences),
+                nearest.release.version,
+            )
+        elif nearest.release.version != host.version:
+            logger.warning(
+                "sglang-llada was not tested with SGLang %s; every name that it needs is there as in %s",
+                host.version,
+                nearest.release.version,
+            )
+    return verdict == FITS
 
 
-def differences(table: Iterable[Seam] = SEAMS, host: Host | None = None) -> list[str]:
-    """One sentence for each difference between the table and the host, the host's release first."""
+def mismatch(host: Host | None = None) -> HostMismatch:
+    """What whoever wants to serve a LLaDA2 model is told: every difference from the table that comes nearest."""
     host = installed_host() if host is None else host
+    nearest = compare(host)[0]
+    listed = "\n".join(f"  - {each.sentence}" for each in nearest.differences)
+    return HostMismatch(
+        f"sglang-llada: SGLang {host.version} is none that it supports, so it serves no LLaDA2 model. What differs "
+        f"from {nearest.release.version}:\n{listed}\n{INSTALL}; or a release of sglang-llada that knows this one."
+    )
+
+
+def compare(host: Host, releases: Iterable[Release] = RELEASES) -> list[Comparison]:
+    """The host against each table, nearest first; of those that are equally near, its own release, then the newer."""
+    known = Sources(host.root)
     with collector_paused():
-        found = [difference for _, difference in compare(table, host) if difference]
-    if host.version != RELEASE:
-        found.insert(0, f"release is {host.version}, expected {RELEASE}")
-    return found
+        found = [Comparison(release, tuple(differences(release.seams, known))) for release in releases]
+    return sorted(found, key=lambda each: (len(each.differences), each.release.version != host.version))
+
+
+def differences(seams: Iterable[Seam], known: Sources) -> Iterator[Difference]:
+    """What is different about rows."""
+    for seam in seams:
+        sentence = difference(seam, known)
+        if sentence is not None:
+            yield Difference(seam, sentence)
+
+
+def difference(seam: Seam, known: Sources) -> str | None:
+    """What is different about one row."""
+    module, _, name = seam.target.partition(":")
+    tree = known.tree(module)
+    found = None if tree is None else find(tree, name.split("."), known.scopes)
+    signature = MISSING if found is None else signature_of(found)
+    if signature == seam.signature:
+        return None
+    if tree is None:
+        return f"{seam.target}: module {module} is missing"
+    if found is None:
+        return f"{seam.target}: {name} is missing from {module}"
+    return f"{seam.target}: is {signature}, expected {seam.signature}"
+
+
+Scopes = dict[ast.AST, dict[str, ast.AST]]  # what modules and classes bind, looked up once per check
+
+
+class Sources:
+    """The syntax trees of a host's modules, each read once whatever the number of tables."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.scopes: Scopes = {}
+        self._trees: dict[str, ast.Module | None] = {}
+
+    def tree(self, module: str) -> ast.Module | None:
+        """The tree of a module; None if it has no source file."""
+        if module not in self._trees:
+            self._trees[module] = parse(module, self.root)
+        return self._trees[module]
 
 
 @contextmanager
@@ -80,30 +173,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def compare(table: Iterable[Seam], host: Host) -> Iterator[tuple[Seam, str | None]]:
-    """Each row with what is different about it, or None."""
-    trees: dict[str, ast.Module | None] = {}
-    known: Scopes = {}
-    for seam in table:
-        module, _, name = seam.target.partition(":")
-        if module not in trees:
-            trees[module] = parse(module, host.root)
-        yield seam, difference(seam, trees[module], module, name, known)
-
-
-def difference(seam: Seam, tree: ast.Module | None, module: str, name: str, known: Scopes) -> str | None:
-    """What is different about one row."""
-    if tree is None:
-        return f"{seam.target}: module {module} is missing"
-    found = find(tree, name.split("."), known)
-    if found is None:
-        return f"{seam.target}: {name} is missing from {module}"
-    signature = signature_of(found)
-    if signature != seam.signature:
-        return f"{seam.target}: is {signature}, expected {seam.signature}"
-    return None
 
 
 def parse(module: str, root: Path) -> ast.Module | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_llada.config import Mode
 from sglang_llada.errors import ConfigError
+from sglang_llada.host import earlier
 
 MODEL_PACKAGE = "sglang_llada.host.models"
 
@@ -19,12 +20,15 @@ MODEL_PACKAGE = "sglang_llada.host.models"
 def install(mode: Mode) -> None:
     """Check the host, then hook it. The mode's own part is the class of the scheduler, of the model and the algorithms.
 
-    Raises:
-        HostMismatch: the installed SGLang is not the release that the seams describe.
+    A host that fits no table is left as it is, but for LLaDA2 models, which are refused in both modes.
     """
     from sglang_llada.host.seam import check
 
-    check.require()
+    if not check.fits():
+        from sglang_llada.host.seam.refuse import refuse_models
+
+        refuse_models()
+        return
     register_config(mode)
     hook_arguments(mode)
     load_in_http_processes()
@@ -87,7 +91,7 @@ def load_in_http_processes() -> None:
     """The processes of --tokenizer-worker-num load the plugins, too, unless the user has an app of their own."""
     from sglang.srt.environ import envs
 
-    if not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
+    if earlier.names_http_app() and not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
         envs.SGLANG_HTTP_SERVER_APP_PATH.set("sglang_llada.host.requests.http_app:app")
 
 

@@ -25,6 +25,7 @@ from sglang_llada.config import (
     read_switch,
 )
 from sglang_llada.errors import ConfigError
+from sglang_llada.host import earlier
 from sglang_llada.host.backends import ATTENTION_BACKEND, ATTENTION_BACKENDS, RUN_ON_CPU
 from sglang_llada.host.cpu.platform import KV_TOKENS, CpuPlatform, native_bf16
 from sglang_llada.host.facts import (
@@ -75,6 +76,10 @@ REFUSALS = (
     Refusal("--is-embedding", lambda a: a.is_embedding),
     Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
     Refusal("CUDA graphs of prefills", lambda a: captures_prefills(a)),
+    Refusal(
+        "--tokenizer-worker-num above 1 with this release of SGLang, whose HTTP processes load no plugins",
+        lambda a: a.tokenizer_worker_num > 1 and not earlier.names_http_app(),
+    ),
     Refusal(
         f"--attention-backend other than {', '.join(ATTENTION_BACKENDS)}",
         lambda a: (

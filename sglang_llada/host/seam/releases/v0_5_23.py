@@ -1,48 +1,11 @@
-"""Every host name that this package hooks, replaces or relies on, as a table.
+"""SGLang 0.5.23: every host name that this package hooks, replaces or relies on.
 
-It names parameters, not behaviour; behaviour is what the tests under tests/host are for.
+The newest release that is supported, whose table is whole; those of others say what differs from it.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-RELEASE = "0.5.23"
-
-# Canonical signatures of what is no function.
-CLASS = "class"
-VALUE = "value"
-
-
-class Kind(enum.Enum):
-    """What we do with a host name."""
-
-    HOOK = "hook"
-    REPLACE = "replace"
-    USE = "use"
-
-
-@dataclass(frozen=True, slots=True)
-class Seam:
-    """One host name.
-
-    Attributes:
-        target: "module:Qualified.name", in the module that defines it. An attribute that methods assign to self counts
-            as a member of its class.
-        signature: parameter names and kinds without annotations and defaults, as signature_of() writes them, or CLASS,
-            or VALUE.
-        why: what we need it for.
-        until: what would make it unnecessary.
-    """
-
-    target: str
-    kind: Kind
-    signature: str
-    why: str
-    until: str
-
+from sglang_llada.host.seam.rows import CLASS, VALUE, Kind, Release, Seam, fields
 
 OWN_SCHEDULER = "the host can choose a scheduler class by model"
 CHECKPOINT_FACTS = "the host reads block size and mask id from the checkpoint"
@@ -66,13 +29,6 @@ ENGINE_GENERATE = (
     "disagg_prefill_dp_rank, kv_hints, data_parallel_rank, external_trace_header, rid, session_params, "
     "priority, session_id, *, cache_salt)"
 )
-
-
-def fields(owner: str, names: str, why: str, until: str) -> Iterator[Seam]:
-    """Rows of attributes of a class, or names of a module, that serve one purpose; separated by spaces."""
-    for name in names.split():
-        yield Seam(f"{owner}.{name}" if ":" in owner else f"{owner}:{name}", Kind.USE, VALUE, why, until)
-
 
 # fmt: off
 SEAMS: tuple[Seam, ...] = (
@@ -837,7 +793,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE", Kind.USE, CLASS,
          "expert layers, found and mapped to checkpoint names", OWN_MODEL),
     *fields("sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE",
-            "moe_ep_size moe_tp_size should_fuse_routed_scaling_factor_in_topk params_dtype",
+            "moe_ep_size moe_tp_size should_fuse_routed_scaling_factor_in_topk params_dtype runner_backend "
+            "routing_method_type",
             "how experts are split, and what runs them", OWN_MODEL),
     Seam("sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.weight_loader", Kind.USE,
          "(self, param, loaded_weight, weight_name, shard_id, expert_id)",
@@ -913,3 +870,5 @@ SEAMS: tuple[Seam, ...] = (
          "a rank without tokens", OWN_MODEL),
 )
 # fmt: on
+
+RELEASE = Release("0.5.23", SEAMS)
