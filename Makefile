@@ -1,14 +1,15 @@
 # Every target but clean works from a bare checkout: it makes .venv first, or brings it up to date.
 
 PYTHON ?= python3.11
+HOST_VERSION ?= 0.5.23
 MODEL ?= examples/tiny-llada2
 HOST ?= 127.0.0.1
 PORT ?= 30000
 ARGS ?=
 
 BIN := .venv/bin
-# Newer than pyproject.toml exactly when .venv holds what it asks for.
-STAMP := .venv/.installed
+# There, and newer than pyproject.toml, exactly when .venv holds what it asks for and this release of SGLang.
+STAMP := .venv/.installed-$(HOST_VERSION)
 
 .PHONY: venv serve test test-all lint bench clean
 
@@ -16,7 +17,8 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[host,test]' 'sglang==$(HOST_VERSION)'
+	rm -f .venv/.installed*
 	touch $@
 
 # exec, so that Ctrl-C and signals reach the server itself. ARGS takes further flags of the host.
