@@ -244,12 +244,13 @@ def test_on_a_gpu_the_users_attention_wins(arguments: Any, llada2: str, card: An
     [
         ((7, 5), 128, {}, "compute capability 7.5"),
         ((9, 0), 96, {}, "heads of 96"),
+        ((7, 5), 32, {}, "compute capability 7.5"),
         ((9, 0), 128, {"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
         ((8, 6), 128, {"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 below compute capability 8.9"),
         ((9, 0), 128, {"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
     ],
 )
-def test_what_our_kernel_does_not_know_is_left_to_the_host_and_named(
+def test_what_our_kernel_does_not_know_is_left_to_another_and_named(
     arguments: Any,
     llada2: str,
     card: Any,
@@ -263,8 +264,35 @@ def test_what_our_kernel_does_not_know_is_left_to_the_host_and_named(
     card(*capability)
     monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config(head_dim=head_dim))
     args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", **given)
-    assert args.attention_backend is None
-    assert named in caplog.text
+    assert args.attention_backend == (None if head_dim == 128 else "triton")  # the host would take flashinfer
+    (said,) = [message for message in caplog.messages if "cannot serve" in message]
+    assert named in said
+
+
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_heads_that_flashinfer_does_not_have_are_ours_with_a_line_that_says_so(
+    arguments: Any,
+    llada2: str,
+    card: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    head_dim: int,
+) -> None:
+    caplog.set_level("INFO", arguments.__name__)
+    card(9, 0)
+    monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config(head_dim=head_dim))
+    assert filled(arguments, Mode.ON, model_path=llada2, device="cuda").attention_backend == "llada_rows"
+    assert caplog.messages.count("--attention-backend is llada_rows") == 1
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"])
+def test_flashinfer_is_refused_for_heads_that_it_does_not_have(
+    arguments: Any, llada2: str, card: Any, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    card(9, 0)
+    monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config(head_dim=32))
+    with pytest.raises(ConfigError, match="no heads of 32; allowed: triton, torch_native, llada_rows"):
+        filled(arguments, Mode.ON, model_path=llada2, device="cuda", **{flag: "flashinfer"})
 
 
 def test_fp32_is_refused_on_a_gpu(arguments: Any, llada2: str, card: Any) -> None:

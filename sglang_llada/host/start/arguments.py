@@ -51,6 +51,7 @@ UNHEARD = (
     "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
     "rope_scaling"
 ).split()
+FLASHINFER_HEADS = (64, 128, 256, 512)  # DISPATCH_HEAD_DIM of its utils.cuh
 OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and loaders of their own
 
 
@@ -302,8 +303,10 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
 def cuda_options(args: Any) -> dict[str, Any]:
     """Our attention on a GPU, unless the user names another or it cannot serve the model there.
 
+    Where it cannot, the host would take FlashInfer, because graphs are on; it does not have every size of heads.
+
     Raises:
-        ConfigError: the host's norms do not know the dtype.
+        ConfigError: the host's norms do not know the dtype, or the attention that is asked for not the size of heads.
     """
     import torch
 
@@ -311,14 +314,28 @@ def cuda_options(args: Any) -> dict[str, Any]:
         raise ConfigError(
             f"--dtype is {args.dtype}, for which the host has no norms on CUDA; allowed: bfloat16, float16"
         )
-    if args.attention_backend or args.prefill_attention_backend or args.decode_attention_backend:
+    asked = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend} - {None}
+    head_dim = read_config(folder_of(args.model_path, args.revision)).head_dim
+    in_flashinfer = head_dim in FLASHINFER_HEADS
+    if "flashinfer" in asked and not in_flashinfer:
+        others = ", ".join(backend for backend in ATTENTION_BACKENDS if backend != "flashinfer")
+        raise ConfigError(f"--attention-backend is flashinfer, which has no heads of {head_dim}; allowed: {others}")
+    if asked:
         return {}
-    config = read_config(folder_of(args.model_path, args.revision))
-    obstacles = attention_obstacles(args, config.head_dim, torch.cuda.get_device_capability())
-    if obstacles:
+    obstacles = attention_obstacles(args, head_dim, torch.cuda.get_device_capability())
+    if not obstacles:
+        logger.info("--attention-backend is %s", ATTENTION_BACKEND)
+        return {"attention_backend": ATTENTION_BACKEND}
+    if in_flashinfer:
         logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
         return {}
-    return {"attention_backend": ATTENTION_BACKEND}
+    logger.warning(
+        "--attention-backend is triton, because %s cannot serve %s, and flashinfer has no heads of %d",
+        ATTENTION_BACKEND,
+        obstacles,
+        head_dim,
+    )
+    return {"attention_backend": "triton"}
 
 
 def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -> str:
