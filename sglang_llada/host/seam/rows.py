@@ -54,7 +54,7 @@ class Release:
         """Another release: as this one, but for the signatures of some targets and `more` that only it needs.
 
         Raises:
-            ValueError: this release has no such target, or the same signature.
+            ValueError: this release has no such target, or has the same signature.
         """
         own = {seam.target: seam.signature for seam in self.seams}
         idle = [target for target, signature in signatures.items() if own.get(target, signature) == signature]
