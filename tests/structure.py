@@ -23,7 +23,7 @@ LONG_FILES = {
     "host/engine/executor.py": "a forward's inputs and what is read of it, around one object of the host's",
     "host/models/llada2.py": "the network, from embedding to head, as one reads it in the paper",
     "host/requests/bounds.py": "the table of all fields, and what reads it",
-    "host/seam/table.py": "a table",
+    "host/seam/releases/v0_5_23.py": "a table",
     "host/start/arguments.py": "each server argument that is filled in or refused",
     "llada2/attention_triton.py": "one kernel, its merge and its settings by card",
     "llada2/config.py": "each field of config.json",
