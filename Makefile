@@ -6,6 +6,9 @@ MODEL ?= examples/tiny-llada2
 HOST ?= 127.0.0.1
 PORT ?= 30000
 ARGS ?=
+# Processes that tests run in. A server on the CPU is mostly one busy core.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 25
 
 BIN := .venv/bin
 # There, and newer than pyproject.toml, exactly when .venv holds what it asks for and this release of SGLang.
@@ -31,11 +34,11 @@ lint: venv
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # And the tests that take minutes each and show what others show in part.
 test-all: lint
-	$(BIN)/python -m pytest -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 # About ten minutes; each prints a table and, as its last line, a record for `python -m bench.compare`.
 bench: venv
