@@ -6,6 +6,7 @@ otherwise, so register() turns every exception into a SystemExit, and this modul
 
 from __future__ import annotations
 
+import logging
 import os
 
 from sglang_llada.config import read_mode
@@ -17,12 +18,16 @@ def activate() -> str | None:
 
     Called on first use of the host's current_platform, possibly with the host half imported: imports nothing of it.
     None on a host that fits no table, too: our platform needs repairs of the host, which are not put in place there.
+    Such a host may end for want of a device before it reads a model, so what differs is said here.
     """
     from sglang_llada.accelerator import activate_platform
     from sglang_llada.host.seam import check
 
     platform = activate_platform()
-    return platform if platform is not None and check.fits() else None
+    if platform is not None and not check.fits():
+        logging.getLogger(__name__).warning("%s", check.mismatch())
+        return None
+    return platform
 
 
 def register() -> None:

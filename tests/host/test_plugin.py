@@ -154,10 +154,14 @@ def test_whoever_reads_a_refused_checkpoint_ends(tmp_path: Path, fields: dict[st
 
 
 @pytest.mark.parametrize("fit", [True, False])
-def test_our_platform_is_for_hosts_that_fit(monkeypatch: pytest.MonkeyPatch, fit: bool) -> None:
+def test_our_platform_is_for_hosts_that_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fit: bool
+) -> None:
     monkeypatch.setattr(accelerator, "activate_platform", lambda: accelerator.PLATFORM)
     monkeypatch.setattr(check, "fits", lambda: fit)
+    monkeypatch.setattr(check, "mismatch", lambda: SystemExit("what differs"))
     assert plugin.activate() == (accelerator.PLATFORM if fit else None)
+    assert caplog.messages == ([] if fit else ["what differs"])
 
 
 def test_on_a_machine_with_a_device_no_time_goes_into_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
