@@ -266,7 +266,7 @@ class Abuse:
     def _note(self, at: float, kind: str, shot: Shot, outcome: str) -> None:
         """Count what came of a shot; a wrong outcome is reported unless the server's death explains it."""
         self.report.kinds[kind][outcome] += 1
-        bad = outcome != str(shot.expected) if shot.expected else outcome[0] == "5" or outcome in (HUNG, CUT, REFUSED)
+        bad = outcome != str(shot.expected) if shot.expected else outcome in (HUNG, CUT, REFUSED) or is_error(outcome)
         if not bad or self.target.dead:
             return
         self.examples[kind, outcome] += 1
@@ -284,6 +284,11 @@ class Abuse:
         shots = [each for each in self.recent if each[0] <= moment][-LAST:]
         lines = [f"  {moment - at:.1f} s earlier, {kind}: {shot.text}" for at, kind, shot in shots]
         return "\n".join(["the last shots until then were", *lines])
+
+
+def is_error(outcome: str) -> bool:
+    """Whether a status is an error of the server's; 501 says what it does not have."""
+    return outcome[0] == "5" and outcome != "501"
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
