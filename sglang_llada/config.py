@@ -258,7 +258,6 @@ class DecodeConfig:
         indel: whether the checkpoint has DELETE and SPLIT.
         sampling: how tokens are drawn; None: the best one, greedily.
         report: the log-probabilities to report; None: none.
-        shaping: the host's record of what the request does to its logits (host/requests/shaping.py); None: nothing.
     """
 
     algorithm: str
@@ -279,7 +278,6 @@ class DecodeConfig:
     indel: bool = False
     sampling: Sampling | None = None
     report: Report | None = None
-    shaping: Any = None
 
     @classmethod
     def defaults(cls, block_size: int, algorithm: str = DEFAULT_ALGORITHM, *, indel: bool = False) -> DecodeConfig:
@@ -312,9 +310,9 @@ class DecodeConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether its best tokens are all that anybody wants of a step."""
-        more = (self.sampling, self.shaping, self.report)
-        return more == (None, None, None) and not self.trace and self.stream_mode == "committed"
+        """Whether nothing but best tokens is asked for here."""
+        more = (self.sampling, self.report)
+        return more == (None, None) and not self.trace and self.stream_mode == "committed"
 
     @property
     def most_steps(self) -> int:

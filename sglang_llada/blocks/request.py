@@ -73,7 +73,8 @@ class Request(Generic[P]):
     mask_id: int
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only kept here
-    plain: bool = True  # whether a step need not look at `params`; only kept here
+    shaping: Any = None  # what it does to its logits, if anything; only kept here
+    plain: bool = True  # whether a step need not look at `params` and `shaping`; only kept here
     noted: bool = False  # whether notes are kept on its tokens
     rare_stops: bool = False  # whether it has stop ids that most requests do not have; only kept here
     prefixes: Sequence[int] = ()  # of filling.prefixes(); only kept here

@@ -176,7 +176,7 @@ class Admission:
     def _new_request(self, req: Any) -> Request[DecodeConfig]:
         wishes = req.wishes
         shaping = shaping_of(req, wishes, self.vocabulary, self.facts.own_tokens)
-        params = replace(wishes.params, shaping=shaping, report=report_of(req))
+        params = replace(wishes.params, report=report_of(req))
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -185,7 +185,8 @@ class Admission:
             params=params,
             fresh=self.fresh,
             numbers=numbers(params),
-            plain=params.plain,
+            shaping=shaping,
+            plain=params.plain and shaping is None,
             noted=params.noted,
             rare_stops=not wishes.stop_ids <= self.usual_stops,
             prefixes=prefixes(req.origin_input_ids, self.facts.block_size, cache_key(req)),

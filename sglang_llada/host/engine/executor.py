@@ -205,7 +205,7 @@ class Executor:
         begun: set[str] = set()
         for r, row in rows:
             params, rid = row.request.params, row.request.rid
-            if params.sampling is None and params.shaping is None and params.report is None:
+            if params.sampling is None and row.request.shaping is None and params.report is None:
                 continue
             try:
                 if (prompt := self._prompt_group(r, row)) is not None:
@@ -225,8 +225,8 @@ class Executor:
         if how is not None:
             where = torch.tensor(positions)
             noise = uniform(torch.full_like(where, how.seed), where, torch.full_like(where, request.steps))
-        if params.shaping is not None:
-            shape = contained(params.shaping.of(request, positions), request.rid, failed)
+        if request.shaping is not None:
+            shape = contained(request.shaping.of(request, positions), request.rid, failed)
         at = [r * self.block_size + position - row.start for position in positions]
         vocabulary = self.decide.model.config.vocab_size
         return RequestGroup(request, positions, Group(at, vocabulary, how, noise, shape, params.report))

@@ -13,6 +13,7 @@ from sglang_llada.config import DecodeConfig
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.engine.executor import Executor
 from sglang_llada.host.engine.failures import Failures
+from sglang_llada.host.engine.rows import is_constrained
 from sglang_llada.host.engine.step import Decision, InFlight, StepResult
 from sglang_llada.host.engine.streaming import snapshot_of
 from sglang_llada.host.requests.grammar import conform
@@ -89,11 +90,10 @@ class Pipeline:
         """A step's decisions as the request may take them: noted, and of one with a grammar what that accepts."""
         request = decision.request
         blocks = result.noted(decision) if request.noted else decision.blocks
-        shaping = request.params.shaping
-        if shaping is None or shaping.matcher is None:
+        if not is_constrained(request):
             return blocks
         [block], [decided] = request.blocks, blocks
-        accepted = conform(shaping.matcher, block, decided, self.mask_id)
+        accepted = conform(request.shaping.matcher, block, decided, self.mask_id)
         if accepted is None:
             raise ConfigError("the grammar allows no token of the vocabulary after the output so far")
         return [accepted]

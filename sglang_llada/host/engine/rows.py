@@ -169,7 +169,7 @@ class Writer:
 
 def is_constrained(request: Request[DecodeConfig]) -> bool:
     """Whether a grammar has a say in what is taken of a step's decisions."""
-    return not request.plain and request.params.shaping is not None and request.params.shaping.matcher is not None
+    return request.shaping is not None and request.shaping.matcher is not None
 
 
 def is_live(row: Row) -> bool:

@@ -47,8 +47,8 @@ class Wishes:
     """What a request wants, read once when the host validates it.
 
     Attributes:
-        params: how its blocks are decoded; without `shaping` and `report`, for which the host has more to do first: to
-            compile a grammar, and to settle where in the prompt log-probabilities begin.
+        params: how its blocks are decoded; without `report`, for which the host has to settle where in the prompt
+            log-probabilities begin.
         ends: token ids that end a turn, as the host's own finish check sees them.
         stop_ids: those that end this request, which may ignore them.
         processor: its custom logit processor, or None.
