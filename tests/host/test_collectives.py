@@ -46,7 +46,7 @@ def exchanged(runner: Any) -> dict[str, Any]:
     from sglang_llada.host.engine.executor import Decider, Executor
 
     executor = Executor(runner, Decider(runner))
-    params, tokens = DecodeConfig.defaults(T), executor.decide.tokens
+    params, tokens = DecodeConfig.defaults(T), executor.decider.tokens
     requests = []
     for slot in range(ROWS):
         how: dict[str, Any] = {"mask_id": MASK, "fresh": fresh(T, tokens), "numbers": numbers(params)}

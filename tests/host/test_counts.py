@@ -56,7 +56,7 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
     graphs = runner.decode_cuda_graph_runner
     steps = {}
     with device.on(), torch.inference_mode():
-        executor = Executor(runner, graphs.decide)
+        executor = Executor(runner, graphs.decider)
         for case, (rows, asked) in CASES.items():
             for _ in range(2):  # the first makes what all steps of a size share
                 requests = [a_request(slot, [5, 6, 7], **asked) for slot in range(rows)]

@@ -47,7 +47,7 @@ class Toy:
         self.embedding = nn.Embedding(50, WIDTH)
         self.buffers = SimpleNamespace(input_ids=torch.zeros(SIZE * T, dtype=torch.int64))
         self.packed = torch.zeros(SIZE, layout_of(T, Tokens(9)).width, dtype=torch.int64)
-        self.decide = SimpleNamespace(layout=layout_of(T, Tokens(9)))
+        self.decider = SimpleNamespace(layout=layout_of(T, Tokens(9)))
         self.bs = SIZE
         self.factor = torch.full((), 2.0)
         self.model_runner = SimpleNamespace(

@@ -126,7 +126,7 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     tokens = np.array([texts[slot][block * T : (block + 1) * T] for slot, block in rows])
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        idle = [executor.decide.idle] * len(rows)
+        idle = [executor.decider.idle] * len(rows)
         batch = executor._batch(np.column_stack((tokens, idle, slots, starts, [WRITTEN] * len(rows))), None)
         executor._unfold(batch)
         hidden = runner.forward(batch).logits_output.hidden_states

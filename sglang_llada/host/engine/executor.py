@@ -84,7 +84,7 @@ class Executor:
 
     def __init__(self, model_runner: Any, decider: Decider) -> None:
         self.runner = model_runner
-        self.decide = decider
+        self.decider = decider
         self.block_size = decider.block_size
         self.device = model_runner.device
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
@@ -129,22 +129,22 @@ class Executor:
         trace = any(row.request.noted for _, row in special)
         if deciding.any() and output.can_run_graph and not any(group.chooses for group in groups):
             decided = output.logits_output.decided
-            outcome = pack(decided, trace=True) if trace else self.decide.last[: len(planned)]
+            outcome = pack(decided, trace=True) if trace else self.decider.last[: len(planned)]
         elif deciding.any():
             rows = self._rows_of(batch)
             options: dict[str, Any] = {"groups": groups, "codes": algorithms(written, self.layout)}
             if output.can_run_graph:  # whose decisions stand but for the groups' positions
                 options["best"] = output.logits_output.decided.best
             count = changeable(written, self.layout)
-            decided = self.decide(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
+            decided = self.decider(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
             outcome = pack(decided, trace=trace)
-            self.decide.last[: len(planned)] = outcome[:, : self.layout.made]
+            self.decider.last[: len(planned)] = outcome[:, : self.layout.made]
         goes_on = (written[:, self.layout.source] >= 0).tolist()
         reports = None
         if groups:
             blocks, unmoved = self._rows_of(batch).ids.view(-1, T), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
-            reports = self.decide.report(hidden, groups, self._rows_of(batch), *after)
+            reports = self.decider.report(hidden, groups, self._rows_of(batch), *after)
         return InFlight(
             plan=plan,
             deciding=deciding,
@@ -228,7 +228,7 @@ class Executor:
         if request.shaping is not None:
             shape = contained(request.shaping.of(request, positions), request.rid, failed)
         at = [r * self.block_size + position - row.start for position in positions]
-        vocabulary = self.decide.model.config.vocab_size
+        vocabulary = self.decider.model.config.vocab_size
         return RequestGroup(request, positions, Group(at, vocabulary, how, noise, shape, params.report))
 
     def _prompt_group(self, r: int, row: Row) -> RequestGroup | None:
@@ -241,7 +241,7 @@ class Executor:
         if not positions:
             return None
         at = [r * self.block_size + position - row.start for position in positions]
-        vocabulary = self.decide.model.config.vocab_size
+        vocabulary = self.decider.model.config.vocab_size
         return RequestGroup(request, positions, Group(at, vocabulary, report=replace(wanted, original=True)))
 
     def _batch(self, written: Numbers, of_ranks: list[int] | None = None) -> ForwardBatch:
@@ -283,7 +283,7 @@ class Executor:
         if batch.rows is None:
             carries = bool((batch.written_rows[:, self.layout.source] >= 0).any())
             packed = to_device(batch.written_rows, self.device)
-            batch.rows = unfold(packed, self.decide.last, self.req_to_token, self.layout, carries=carries)
+            batch.rows = unfold(packed, self.decider.last, self.req_to_token, self.layout, carries=carries)
         return batch.rows
 
     def _batch_of(self, rows: int) -> ForwardBatch:

@@ -46,7 +46,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
     packed: Tensor
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
-        self.decide = Decider(model_runner)
+        self.decider = Decider(model_runner)
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         # Of no size: the host would keep logits for all rows, captured positions x V in fp32, and nobody reads them.
         model_runner.graph_shared_output = GraphSharedOutput(device=model_runner.device, max_rows=0)
@@ -63,16 +63,16 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
     def capture(self) -> None:
         """Called by the host's constructor, before the first size is captured."""
-        self.idle = idle_row(self.decide)
+        self.idle = idle_row(self.decider)
         self.packed = torch.from_numpy(self.idle).repeat(self.max_bs, 1).to(self.device)
         super().capture()
 
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *labels: Any) -> None:
         """As the host; before the model's forward, its inputs from `packed`, and after it the rows' decisions."""
-        packed, last = self.packed[:size], self.decide.last
+        packed, last = self.packed[:size], self.decider.last
 
         def step(input_ids: Tensor, positions: Tensor, batch: Any) -> StepOutput:
-            rows = unfold(packed, last, self.req_to_token, self.decide.layout)
+            rows = unfold(packed, last, self.req_to_token, self.decider.layout)
             for static, value in (
                 (input_ids, rows.ids),
                 (positions, rows.positions),
@@ -82,7 +82,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
             ):
                 static.copy_(value)
             hidden = forward(input_ids, positions, batch).hidden_states
-            decided = self.decide(hidden, rows.ids, rows.table, input_ids.shape[0])
+            decided = self.decider(hidden, rows.ids, rows.table, input_ids.shape[0])
             last[:size].copy_(pack(decided))
             return StepOutput(hidden_states=hidden, decided=decided)
 

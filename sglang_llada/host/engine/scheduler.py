@@ -84,7 +84,7 @@ class LladaScheduler(Scheduler):
 
         runner, vocabulary = self.tp_worker.model_runner, self.model_config.vocab_size
         graphs = runner.decode_cuda_graph_runner
-        executor = Executor(runner, Decider(runner) if graphs is None else graphs.decide)
+        executor = Executor(runner, Decider(runner) if graphs is None else graphs.decider)
         executor.stops[[token for token in usual_stops if 0 <= token < vocabulary]] = True
         context = self.metrics_collector_context
         metrics = Metrics(context.collector.labels) if context.current_scheduler_metrics_enabled else None

@@ -111,7 +111,7 @@ class ReplayBackend(BaseCudaGraphBackend):
 
     def _poison(self, rows: int) -> None:
         runner = self.runner
-        size, layout = runner.bs, runner.decide.layout
+        size, layout = runner.bs, runner.decider.layout
         self.padding = slice(rows * layout.block_size, size * layout.block_size)
         runner.packed[rows:size, layout.tokens] = POISON_TOKEN
         runner.packed[rows:size, layout.record] = POISON_FIELD

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.blocks import Request
-from sglang_llada.decode import shaping
+from sglang_llada.decode.penalties import add, ban, counted, penalise
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Shape
 from sglang_llada.errors import ConfigError
@@ -53,16 +53,16 @@ class Shaping:
             device = logits.device
             if self.penalties != NO_PENALTIES:
                 counts = self._counts(request, positions, logits)
-                logits = shaping.penalise(logits, counts, *self.penalties)
+                logits = penalise(logits, counts, *self.penalties)
             early = [i - len(request.prompt) < self.min_new_tokens for i in positions]
             if any(early) and self.ends:
                 rows, ends = (to_device(torch.tensor(each), device) for each in (early, self.ends))
-                logits = shaping.ban(logits, rows, ends)
+                logits = ban(logits, rows, ends)
             if self.matcher is not None:
                 logits = self._conforming(logits)
             if self.bias:
                 values = to_device(torch.tensor(list(self.bias.values()), dtype=logits.dtype), device)
-                logits = shaping.add(logits, to_device(torch.tensor(list(self.bias)), device), values)
+                logits = add(logits, to_device(torch.tensor(list(self.bias)), device), values)
             return logits if self.processor is None else self._processed(logits)
 
         return shape
@@ -99,7 +99,7 @@ class Shaping:
         standing = dict(live)
         used = torch.tensor([*request.output, *standing.values()], dtype=torch.int64)
         own = torch.tensor([standing.get(i, -1) for i in positions])
-        return shaping.counted(to_device(used, logits.device), to_device(own, logits.device), logits.shape[-1])
+        return counted(to_device(used, logits.device), to_device(own, logits.device), logits.shape[-1])
 
 
 def shaping_of(req: Any, wishes: Wishes, vocabulary: int, never: frozenset[int]) -> Shaping | None:

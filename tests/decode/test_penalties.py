@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from sglang_llada.decode.shaping import add, ban, counted, penalise
+from sglang_llada.decode.penalties import add, ban, counted, penalise
 from sglang_llada.llada2.editing import Wishes
 
 V = 30
