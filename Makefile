@@ -8,7 +8,7 @@ PORT ?= 30000
 ARGS ?=
 # Processes that tests run in. A server on the CPU is mostly one busy core.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 25
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 BIN := .venv/bin
 # There, and newer than pyproject.toml, exactly when .venv holds what it asks for and this release of SGLang.
