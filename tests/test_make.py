@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from sglang_llada.host.seam.releases import NEWEST, RELEASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,8 +37,7 @@ def asked(checkout: Path, *variables: str) -> list[str]:
 
 def test_a_release_of_the_host_is_installed_once_and_another_one_instead(checkout: Path) -> None:
     newest = asked(checkout)
-    assert len(newest) == 1
-    assert newest[0].startswith("sglang==")
+    assert newest == [f"sglang=={NEWEST.version}"]
     assert asked(checkout) == newest
     earlier = [*newest, "sglang==0.5.22"]
     assert asked(checkout, "HOST_VERSION=0.5.22") == earlier
@@ -48,3 +50,8 @@ def test_changed_dependencies_are_installed(checkout: Path) -> None:
     later = (checkout / "pyproject.toml").stat().st_mtime + 10
     os.utime(checkout / "pyproject.toml", (later, later))
     assert asked(checkout) == before * 2
+
+
+def test_the_extra_takes_the_releases_that_have_a_table() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["host"] == [f"sglang>={RELEASES[-1].version},<={NEWEST.version}"]

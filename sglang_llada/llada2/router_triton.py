@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS = 8
-PARTS = 3  # of the products, as in router.py
 TOKENS = 4  # of a program of route; each has a warp of its own
 
 
@@ -120,6 +119,7 @@ def route(
         Weights fp32 and ids int32, [N, K].
     """
     weights, ids = room_for_route(by_part, expert_bias, groups, top_groups, top_k, normalise, scale, shared)
+    parts = by_part.shape[1] // len(expert_bias)
     if len(by_part):
         route_kernel[(triton.cdiv(len(by_part), TOKENS),)](
             by_part,
@@ -129,7 +129,7 @@ def route(
             len(by_part),
             scale,
             shared,
-            **route_constants(len(expert_bias), groups, top_groups, top_k, normalise, shared),
+            **route_constants(parts, len(expert_bias), groups, top_groups, top_k, normalise, shared),
             num_warps=TOKENS,
         )
     return weights, ids
@@ -151,12 +151,12 @@ def room_for_route(
 
 
 def route_constants(
-    experts: int, groups: int, top_groups: int, top_k: int, normalise: bool, shared: float
+    parts: int, experts: int, groups: int, top_groups: int, top_k: int, normalise: bool, shared: float
 ) -> dict[str, int]:
     """What route is compiled for."""
     return {
         "EXPERTS": experts,
-        "PARTS": PARTS,
+        "PARTS": parts,
         "GROUPS": groups,
         "TOP_GROUPS": top_groups,
         "TOP_K": top_k,

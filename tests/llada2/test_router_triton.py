@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_llada.llada2.router import products, route, route_blocks, split, summed
+from sglang_llada.llada2.router import PARTS, products, route, route_blocks, split, summed
 from tests.kernels import ARCHITECTURES, INTERPRETED, compiled, run_interpreted
 
 if INTERPRETED:
@@ -65,7 +65,7 @@ else:
             router_triton.route_kernel,
             {"by_part": "fp32", "expert_bias": "fp32", "weights": "fp32", "ids": "i32"},
             ["tokens"],
-            router_triton.route_constants(256, 8, 4, 8, True, 0.4),
+            router_triton.route_constants(PARTS, 256, 8, 4, 8, True, 0.4),
             arch,
             tmp_path,
             floats=["scale", "shared"],

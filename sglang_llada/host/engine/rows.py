@@ -93,8 +93,9 @@ class Outcome(NamedTuple):
 
     def decided(self, which: Numbers) -> list[Decided]:
         """What the step made of some of its rows."""
-        tokens, is_open, state, done = (getattr(self.layout, name) for name in ("tokens", "open", "state", "done"))
-        rows = self.numbers[which, : self.layout.made].tolist()
+        at = self.layout
+        tokens, is_open, state, done = at.tokens, at.open, at.state, at.done
+        rows = self.numbers[which, : at.made].tolist()
         return [Decided(row[tokens], row[is_open], row[done] == 1, row[state]) for row in rows]
 
     def trace(self, row: int) -> list[int]:
