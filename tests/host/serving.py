@@ -21,6 +21,8 @@ from typing import Any
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.host import warm
+
 START_SECONDS = 280
 ROOT = Path(__file__).parents[2]
 
@@ -110,14 +112,17 @@ def launch(
 ) -> tuple[subprocess.Popen[bytes], str]:
     """Start the plain host command on a free port; returns the process and the server's address."""
     port = free_port()
-    command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *args]
+    flags = ["--model-path", str(model), "--port", str(port), *args]
+    environment = {**os.environ, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
+    if warm.WARM and not env:
+        return warm.WarmServer(module, flags, log, environment, ROOT), f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})},
+            env=environment,
             start_new_session=True,
         )
     return process, f"http://127.0.0.1:{port}"

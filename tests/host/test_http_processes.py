@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.host.conftest import TINY, Case, compare
-from tests.host.serving import Server, serving
+from tests.host.serving import Server, serving, tail
 
 pytestmark = pytest.mark.host
 
@@ -20,6 +20,10 @@ LONG = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True, "custom_par
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(TINY, tmp_path_factory.mktemp("two") / "log", "--tokenizer-worker-num", "2") as server:
+        deadline = time.monotonic() + 120
+        while server.log.read_text().count("Application startup complete") < 2:
+            assert time.monotonic() < deadline, f"one of two processes does not start:\n{tail(server.log)}"
+            time.sleep(0.2)
         yield server
 
 

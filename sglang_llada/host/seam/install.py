@@ -14,6 +14,8 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.host import earlier
 
 MODEL_PACKAGE = "sglang_llada.host.models"
+# What an HTTP process may take to load; its last resort when it hangs, too.
+HTTP_PROCESS_SECONDS = 90
 
 
 @cache
@@ -88,11 +90,18 @@ def hook_arguments(mode: Mode) -> None:
 
 
 def load_in_http_processes() -> None:
-    """The processes of --tokenizer-worker-num load the plugins, too, unless the user has an app of their own."""
+    """The processes of --tokenizer-worker-num load the plugins, too, unless the user has an app of their own.
+
+    And they have time to: one that says nothing for 10 s is killed and started anew, which on a busy machine repeats.
+    """
     from sglang.srt.environ import envs
 
-    if earlier.names_http_app() and not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
+    if not earlier.names_http_app():
+        return
+    if not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
         envs.SGLANG_HTTP_SERVER_APP_PATH.set("sglang_llada.host.requests.http_app:app")
+    if not envs.SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT.is_set():
+        envs.SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT.set(HTTP_PROCESS_SECONDS)
 
 
 def prepare_cpu() -> bool:

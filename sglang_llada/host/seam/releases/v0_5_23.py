@@ -423,6 +423,8 @@ SEAMS: tuple[Seam, ...] = (
          "counts retractions", OWN_SCHEDULER),
     Seam("sglang.srt.environ:Envs.SGLANG_HTTP_SERVER_APP_PATH", Kind.USE, VALUE,
          "loads the plugins in the processes of --tokenizer-worker-num", "these load plugins"),
+    Seam("sglang.srt.environ:Envs.SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", Kind.USE, VALUE,
+         "gives them time to load", "these have it"),
     Seam("sglang.srt.entrypoints.http_server:app", Kind.USE, VALUE, "what those processes serve", "these load plugins"),
     Seam("sglang.srt.plugins:load_plugins", Kind.USE, "()", "loads them there", PLUGIN_API),
     *fields("sglang.srt.managers.schedule_batch:Req",
