@@ -32,7 +32,7 @@ class Server:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.WarmServer
     log: Path
 
     def generate(self, input_ids: list[int], max_new_tokens: int, **options: Any) -> dict[str, Any]:
@@ -108,14 +108,20 @@ def free_port() -> int:
 
 
 def launch(
-    model: Path, log: Path, *args: str, env: dict[str, str] | None = None, module: str = "sglang.launch_server"
-) -> tuple[subprocess.Popen[bytes], str]:
-    """Start the plain host command on a free port; returns the process and the server's address."""
+    model: Path,
+    log: Path,
+    *args: str,
+    env: dict[str, str] | None = None,
+    module: str = warm.COMMAND,
+    cold: bool = False,
+) -> tuple[subprocess.Popen[bytes] | warm.WarmServer, str]:
+    """Start the plain host command on a free port, `cold` as a user's shell does; the process and its address."""
     port = free_port()
     flags = ["--model-path", str(model), "--port", str(port), *args]
-    environment = {**os.environ, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-    if warm.WARM and not env:
-        return warm.WarmServer(module, flags, log, environment, ROOT), f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
+    if warm.WARM and not cold and module == warm.COMMAND:
+        return warm.WarmServer(flags, log, environment, ROOT), f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],
@@ -139,7 +145,7 @@ def serving(model: Path, log: Path, *args: str, **options: Any) -> Iterator[Serv
         stop(process)
 
 
-def ready(process: subprocess.Popen[bytes], url: str, log: Path) -> Server:
+def ready(process: subprocess.Popen[bytes] | warm.WarmServer, url: str, log: Path) -> Server:
     """The server, once it answers."""
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -153,7 +159,7 @@ def ready(process: subprocess.Popen[bytes], url: str, log: Path) -> Server:
         time.sleep(0.5)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes] | warm.WarmServer) -> None:
     """Ctrl-C, then make sure that the whole session is gone."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)

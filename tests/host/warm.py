@@ -1,22 +1,27 @@
 """Servers that start in a fifth of the time: each is forked from a process that has imported what all of them import.
 
 An import of the host takes 16 s, and a server consists of three processes that import it. The standard library's fork
-server does it once for all servers of a test run. Inside such a server the host forks its processes where it would
-spawn them; all else is the plain command's, whose `main` runs. TEST_SERVERS=cold has every server start by the
-plain command, as those do anyway that are given variables of the environment, which are read by imports.
+server does it once for all servers of a test run that have the same environment, which imports read. Inside such a
+server the host forks its processes where it would spawn them; all else is the plain command's, whose `main` runs. With
+TEST_SERVERS=cold every server is started by the plain command.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
+import torch
+
+COMMAND = "sglang.launch_server"
 WARM = os.environ.get("TEST_SERVERS") != "cold"
 MODULES = [
     "sglang_llada.host.requests.http_app",  # which loads the plugins first, as the plain command does
@@ -29,15 +34,25 @@ MODULES = [
 ]
 
 
+@functools.cache
+def fork_server(environment: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
+    """The process that has imported MODULES under these variables."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(MODULES)
+    with mock.patch.dict(os.environ, dict(environment), clear=True):
+        server.ensure_running()
+    return server
+
+
 class WarmServer:
     """What tests use of a subprocess.Popen."""
 
-    def __init__(self, module: str, args: list[str], log: Path, environment: dict[str, str], folder: Path) -> None:
-        context = ForkServerContext()
-        context.set_forkserver_preload(MODULES)
+    def __init__(self, args: list[str], log: Path, environment: dict[str, str], folder: Path) -> None:
         self.args = args
-        self._process: ForkServerProcess = context.Process(target=serve, args=(module, args, log, environment, folder))
-        self._process.start()
+        self._process: ForkServerProcess = ForkServerContext().Process(target=serve, args=(args, log, folder))
+        forks = fork_server(frozenset(environment.items()))
+        with mock.patch.object(forkserver, "connect_to_new_process", forks.connect_to_new_process):
+            self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -61,17 +76,20 @@ class WarmServer:
         self._process.kill()
 
 
-def serve(module: str, args: list[str], log: Path, environment: dict[str, str], folder: Path) -> None:
-    """In the forked process: become the leader of a session, and run a module of the host as `python -m` does."""
+def serve(args: list[str], log: Path, folder: Path) -> None:
+    """In the forked process: become the leader of a session, and run the command as `python -m` does."""
     os.setsid()
     os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
-    os.environ.clear()
-    os.environ.update(environment)
-    multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")  # type: ignore[attr-defined]
-    multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [module, *args]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    os.register_at_fork(after_in_child=take_threads)
+    multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
+    sys.argv = [COMMAND, *args]
+    runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+
+
+def take_threads() -> None:
+    """As many threads as the environment says: torch has read it before the server settled it for its schedulers."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
