@@ -24,7 +24,6 @@ LONG_FILES = {
     "host/models/llada2.py": "the network, from embedding to head, as one reads it in the paper",
     "host/requests/bounds.py": "the table of all fields, and what reads it",
     "host/seam/releases/v0_5_23.py": "a table",
-    "host/start/arguments.py": "each server argument that is filled in or refused",
     "llada2/attention_triton.py": "one kernel, its merge and its settings by card",
     "llada2/config.py": "each field of config.json",
     "llada2/editing.py": "the reference decode that edits, in one file to be read beside the paper",

@@ -69,7 +69,8 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.backends import ATTENTION_BACKEND
-    from sglang_llada.host.start.arguments import correct_facts, fill_in, fill_in_platform, settle_quantisation
+    from sglang_llada.host.start.arguments import correct_facts, fill_in, settle_quantisation
+    from sglang_llada.host.start.devices import fill_in_platform
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
         try:

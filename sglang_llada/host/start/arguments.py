@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 
 from sglang_llada.config import (
     DEFAULT_MAX_RUNNING_REQUESTS,
-    REPLAY_VARIABLE,
     Mode,
     flag_of_checkpoint,
-    read_switch,
 )
 from sglang_llada.errors import ConfigError
 from sglang_llada.host import earlier
-from sglang_llada.host.backends import ATTENTION_BACKEND, ATTENTION_BACKENDS, RUN_ON_CPU
-from sglang_llada.host.cpu.platform import KV_TOKENS, CpuPlatform, native_bf16
+from sglang_llada.host.backends import ATTENTION_BACKENDS
+from sglang_llada.host.cpu.platform import CpuPlatform
 from sglang_llada.host.facts import (
     architectures,
     attention_dp,
@@ -35,9 +32,11 @@ from sglang_llada.host.facts import (
     decode_config,
     facts_of,
     own_flag,
-    row_budget,
 )
 from sglang_llada.host.hub import folder_of
+from sglang_llada.host.start.devices import cuda_options
+from sglang_llada.host.start.graphs import captures_prefills, graph_options
+from sglang_llada.host.start.ranks import check_split
 from sglang_llada.host.start.templates import call_parser, chat_template
 from sglang_llada.llada2.checkpoint import read_config
 from sglang_llada.llada2.config import ARCHITECTURE, Llada2Config, remarks
@@ -51,7 +50,6 @@ UNHEARD = (
     "block_size mask_token_id delete_token_id split_token_id partial_rotary_factor rotary_dim rope_parameters "
     "rope_scaling"
 ).split()
-FLASHINFER_HEADS = (64, 128, 256, 512)  # DISPATCH_HEAD_DIM of its utils.cuh
 OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and loaders of their own
 
 
@@ -88,61 +86,6 @@ REFUSALS = (
         ),
     ),
 )
-
-
-def fill_in_platform(server_args: Any) -> None:
-    """What our CPU platform needs to be said before the host decides anything by device.
-
-    The host's own hook for this, SRTPlatform.apply_server_args_defaults, runs once graphs and attention are settled.
-    """
-    from sglang.srt.platforms import current_platform
-
-    if not isinstance(current_platform, CpuPlatform):
-        return
-    args = resolving_view(server_args)
-    # One core stays free for the server's other processes: torch's threads wait for the slowest of them. Read by the
-    # schedulers, which are started after this.
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((len(cores) - 1) // args.tp_size, 1)))
-    # The host wants one NUMA node per rank, or to be told; only its own kernels would bind threads to what it is told.
-    ranks = args.tp_size * args.dp_size
-    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([",".join(map(str, cores))] * ranks))
-    declare_resolution(
-        server_args,
-        "sglang_llada",
-        # The host's idle loop would keep a core busy; ranks that wait for each other in each turn must not sleep.
-        sleep_on_idle=not attention_dp(args),
-        device=current_platform.device_type,
-        disable_cuda_graph=True,
-        **cpu_attention(args),
-        max_total_tokens=args.max_total_tokens or KV_TOKENS,
-        dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
-    )
-
-
-def cpu_attention(args: Any) -> dict[str, str]:
-    """The attention backends of the CPU platform: ours where the user names none, or one that needs a device.
-
-    Commands in documentation name such a one, and all give the same answers: as the host does elsewhere, it goes on.
-    """
-    chosen = {} if args.attention_backend else {"attention_backend": ATTENTION_BACKEND}
-    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        asked = getattr(args, field)
-        if asked in ATTENTION_BACKENDS and asked not in RUN_ON_CPU:
-            flag = field.replace("_", "-")
-            logger.warning("--%s %s needs an accelerator; here it is %s", flag, asked, ATTENTION_BACKEND)
-            chosen[field] = ATTENTION_BACKEND
-    return chosen
-
-
-def cpu_dtype(model_path: str, revision: str | None) -> str:
-    """What a model computes in on the CPU: bf16 if its checkpoint is and the processor multiplies it, else fp32.
-
-    The host would halve fp32 checkpoints, and emulated bf16 is several times slower than fp32.
-    """
-    config = config_of(model_path, revision)
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if stored == "bfloat16" and native_bf16() else "float32"
 
 
 def fill_in(server_args: Any, mode: Mode) -> None:
@@ -249,110 +192,6 @@ def refuse_unheard(overrides: dict[str, Any], model: Llada2Config) -> None:
         raise ConfigError(f"--json-model-override-args: {', '.join(unheard)} would have no effect; change config.json")
 
 
-def check_split(args: Any, config: Llada2Config) -> None:
-    """Raise ConfigError unless heads, experts and widths divide evenly over the ranks; the host replicates KV heads."""
-    attention_ranks = args.dp_size if args.enable_dp_attention else args.attn_dp_size
-    if args.tp_size % attention_ranks:
-        raise ConfigError(f"{attention_ranks} ranks of DP attention do not divide --tp-size {args.tp_size}")
-    attention = args.tp_size // attention_ranks
-    ranks_per_expert = max(args.tp_size // args.ep_size, 1)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    rules = [
-        (args.tp_size % args.ep_size == 0, f"--ep-size {args.ep_size} does not divide --tp-size {args.tp_size}"),
-        (heads % attention == 0, f"{heads} attention heads do not divide over {attention} ranks"),
-        (
-            kv_heads % attention == 0 or attention % kv_heads == 0,
-            f"{kv_heads} KV heads can be neither divided over {attention} ranks nor copied evenly to them",
-        ),
-        (
-            config.num_experts % args.ep_size == 0,
-            f"{config.num_experts} experts do not divide over {args.ep_size} ranks",
-        ),
-        (
-            config.moe_intermediate_size % ranks_per_expert == 0,
-            f"experts of width {config.moe_intermediate_size} do not divide over {ranks_per_expert} ranks",
-        ),
-        (
-            config.shared_intermediate_size % args.tp_size == 0 and config.intermediate_size % args.tp_size == 0,
-            f"feed-forward layers of width {config.intermediate_size} and {config.shared_intermediate_size} do not "
-            f"divide over {args.tp_size} ranks",
-        ),
-    ]
-    wrong = [message for holds, message in rules if not holds]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
-
-
-def graph_options(args: Any, block_size: int) -> dict[str, Any]:
-    """Which CUDA graphs to capture, unless the user says: steps of up to two rows for each request that may run.
-
-    The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
-    """
-    chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
-    if args.device == "cpu" and read_switch(os.environ, REPLAY_VARIABLE, default=False) and attention_dp(args):
-        raise ConfigError(f"{REPLAY_VARIABLE} is '1', and the host cannot capture DP attention on the CPU")
-    if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
-        return chosen
-    running = args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
-    most = min(2 * running, row_budget(args.chunked_prefill_size, block_size))
-    if args.device == "cpu":  # where graphs are a test: few sizes will do
-        return chosen | {"cuda_graph_bs_decode": [*powers_of_two(most), most]}
-    return chosen | {"cuda_graph_max_bs_decode": most}
-
-
-def cuda_options(args: Any) -> dict[str, Any]:
-    """Our attention on a GPU, unless the user names another or it cannot serve the model there.
-
-    Where it cannot, the host would take FlashInfer, because graphs are on; it does not have every size of heads.
-
-    Raises:
-        ConfigError: the host's norms do not know the dtype, or the attention that is asked for not the size of heads.
-    """
-    import torch
-
-    if args.dtype in ("float32", "float"):
-        raise ConfigError(
-            f"--dtype is {args.dtype}, for which the host has no norms on CUDA; allowed: bfloat16, float16"
-        )
-    asked = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend} - {None}
-    head_dim = read_config(folder_of(args.model_path, args.revision)).head_dim
-    in_flashinfer = head_dim in FLASHINFER_HEADS
-    if "flashinfer" in asked and not in_flashinfer:
-        others = ", ".join(backend for backend in ATTENTION_BACKENDS if backend != "flashinfer")
-        raise ConfigError(f"--attention-backend is flashinfer, which has no heads of {head_dim}; allowed: {others}")
-    if asked:
-        return {}
-    obstacles = attention_obstacles(args, head_dim, torch.cuda.get_device_capability())
-    if not obstacles:
-        logger.info("--attention-backend is %s", ATTENTION_BACKEND)
-        return {"attention_backend": ATTENTION_BACKEND}
-    if in_flashinfer:
-        logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
-        return {}
-    logger.warning(
-        "--attention-backend is triton, because %s cannot serve %s, and flashinfer has no heads of %d",
-        ATTENTION_BACKEND,
-        obstacles,
-        head_dim,
-    )
-    return {"attention_backend": "triton"}
-
-
-def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -> str:
-    """What keeps our attention kernel from serving a model on a GPU; empty if nothing does."""
-    from sglang_llada.llada2.attention_triton import HEAD_SIZES
-
-    kv = args.kv_cache_dtype
-    rules = [
-        (capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"),
-        (head_dim in HEAD_SIZES, f"heads of {head_dim}"),
-        (kv in ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3"), f"--kv-cache-dtype {kv}"),
-        (kv != "fp8_e4m3" or capability >= (8, 9), f"--kv-cache-dtype {kv} below compute capability 8.9"),
-        (not args.enable_deterministic_inference, "--enable-deterministic-inference"),
-    ]
-    return ", ".join(what for holds, what in rules if not holds)
-
-
 def parsers(args: Any) -> dict[str, Any]:
     """Parsers of answers, unless the user names them: for tool calls as the chat template has them, for thinking none.
 
@@ -368,21 +207,6 @@ def parsers(args: Any) -> dict[str, Any]:
     for field, value in chosen.items():
         logger.info("--%s is %s, from the chat template", field.replace("_", "-"), value or "none")
     return chosen
-
-
-def powers_of_two(below: int) -> Iterator[int]:
-    """1, 2, 4, ... while less than `below`."""
-    power = 1
-    while power < below:
-        yield power
-        power *= 2
-
-
-def captures_prefills(args: Any) -> bool:
-    """Whether the user asks for CUDA graphs of prefills."""
-    config = args.cuda_graph_config or {}
-    in_config = config.get("prefill", {}).get("backend") if isinstance(config, dict) else config.prefill.backend
-    return {args.cuda_graph_backend_prefill, in_config} - {None, "disabled"} != set()
 
 
 def page_size(args: Any) -> int:
