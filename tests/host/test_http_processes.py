@@ -19,7 +19,8 @@ LONG = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True, "custom_par
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(TINY, tmp_path_factory.mktemp("two") / "log", "--tokenizer-worker-num", "2") as server:
+    # Its processes are uvicorn's, which a fork does not start: they are spawned, as a user's are.
+    with serving(TINY, tmp_path_factory.mktemp("two") / "log", "--tokenizer-worker-num", "2", cold=True) as server:
         deadline = time.monotonic() + 120
         while server.log.read_text().count("Application startup complete") < 2:
             assert time.monotonic() < deadline, f"one of two processes does not start:\n{tail(server.log)}"

@@ -25,7 +25,7 @@ from sglang_llada.host.attention import cpu as cpu_attention
 from sglang_llada.host.backends import ATTENTION_BACKEND
 from sglang_llada.host.cpu import experts as cpu_experts
 from sglang_llada.host.cpu.platform import CpuPlatform
-from sglang_llada.host.start import arguments
+from sglang_llada.host.start import devices
 
 pytestmark = pytest.mark.host
 
@@ -103,8 +103,8 @@ def test_bf16_is_kept_where_the_processor_multiplies_it(
     stored: str, native: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"dtype": stored}))
-    monkeypatch.setattr(arguments, "native_bf16", lambda: native)
-    assert arguments.cpu_dtype(str(tmp_path), None) == dtype
+    monkeypatch.setattr(devices, "native_bf16", lambda: native)
+    assert devices.cpu_dtype(str(tmp_path), None) == dtype
 
 
 # --- what the attention backend refuses -----------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_heads_that_flashinfer_does_not_have_are_ours_with_a_line_that_says_so(
     caplog: pytest.LogCaptureFixture,
     head_dim: int,
 ) -> None:
-    caplog.set_level("INFO", arguments.__name__)
+    caplog.set_level("INFO", "sglang_llada")
     card(9, 0)
     monkeypatch.setattr(arguments, "read_config", lambda folder: Llada2Config(head_dim=head_dim))
     assert filled(arguments, Mode.ON, model_path=llada2, device="cuda").attention_backend == "llada_rows"

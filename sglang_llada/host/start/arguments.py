@@ -118,7 +118,7 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["enable_dp_lm_head"] = attention_dp(args)
         chosen |= graph_options(args, chosen["page_size"]) | parsers(args)
         if args.device == "cuda":
-            chosen |= cuda_options(args)
+            chosen |= cuda_options(args, model.head_dim)
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 

@@ -13,8 +13,6 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.host.backends import ATTENTION_BACKEND, ATTENTION_BACKENDS, RUN_ON_CPU
 from sglang_llada.host.cpu.platform import KV_TOKENS, CpuPlatform, native_bf16
 from sglang_llada.host.facts import attention_dp, config_of
-from sglang_llada.host.hub import folder_of
-from sglang_llada.llada2.checkpoint import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def cpu_dtype(model_path: str, revision: str | None) -> str:
     return "bfloat16" if stored == "bfloat16" and native_bf16() else "float32"
 
 
-def cuda_options(args: Any) -> dict[str, Any]:
+def cuda_options(args: Any, head_dim: int) -> dict[str, Any]:
     """Our attention on a GPU, unless the user names another or it cannot serve the model there.
 
     Where it cannot, the host would take FlashInfer, because graphs are on; it does not have every size of heads.
@@ -91,7 +89,6 @@ def cuda_options(args: Any) -> dict[str, Any]:
             f"--dtype is {args.dtype}, for which the host has no norms on CUDA; allowed: bfloat16, float16"
         )
     asked = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend} - {None}
-    head_dim = read_config(folder_of(args.model_path, args.revision)).head_dim
     in_flashinfer = head_dim in FLASHINFER_HEADS
     if "flashinfer" in asked and not in_flashinfer:
         others = ", ".join(backend for backend in ATTENTION_BACKENDS if backend != "flashinfer")
