@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from collections.abc import Mapping
 
 import sglang_llada
-from sglang_llada import config, plugin
+from sglang_llada import config, options, plugin
 from sglang_llada.errors import ConfigError, HostMismatch
 from sglang_llada.host.seam import check
 
@@ -31,9 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=commands)
     parser.add_argument("--model", help="with check: a checkpoint, as --model-path of the server takes it")
     parser.add_argument("--revision", help="with check --model: a branch, tag or commit of its repository")
+    parser.add_argument("--json", action="store_true", help="with algorithms: the JSON schema of custom_params")
     args = parser.parse_args(argv)
     if args.model is not None and args.command != "check":
         parser.error(f"--model goes with check, not with {args.command}")
+    if args.json:
+        if args.command != "algorithms":
+            parser.error(f"--json goes with algorithms, not with {args.command}")
+        print(json.dumps(options.schema(), indent=2))
+        return 0
     try:
         return commands[args.command]() if args.model is None else show_model(args.model, args.revision)
     except (ConfigError, HostMismatch) as error:

@@ -33,13 +33,14 @@ RULES = {
     "__init__": Rule(frozenset()),
     "errors": Rule(frozenset()),
     "config": Rule(frozenset({"errors"})),
+    "options": Rule(BASE),
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),
     "llada2": Rule(BASE, frozenset({"torch", "triton", "transformers", "safetensors", "tokenizers"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),
-    "__main__": Rule(PURE | {"host", "plugin"}, ANY),
+    "__main__": Rule(PURE | {"host", "plugin", "options"}, ANY),
 }
 
 
