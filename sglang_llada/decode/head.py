@@ -14,13 +14,15 @@ from torch import Tensor
 class Head:
     """Rows of the output embedding, [v, H]: those of the token ids from `first` on.
 
-    Where they are a shard: slots, what the largest shard has; vocabulary, what all have together.
+    Where they are a shard: slots, what the largest shard has; vocabulary, what all have together. invariant: what is
+    said of a position must not depend, to the last bit, on how many others are asked about.
     """
 
     weight: Tensor
     first: int = 0
     slots: int = 0
     vocabulary: int = 0
+    invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_llada.decode.head import Exchange, Head, Lowered
-from sglang_llada.decode.select import lower, reference_of
+from sglang_llada.decode.select import lower, mass_of, reference_of, sum_in_order
 from sglang_llada.decode.transfer import to_device
 from sglang_llada.decode.whole import Group, parts, places, products, shaped_logits
 
@@ -143,7 +143,7 @@ def record_of(first: int, logits: Tensor, asked: Asked) -> Record:
     at = asked.ids - first
     given = logits.gather(-1, at.clamp(0, size - 1)).masked_fill((at < 0) | (at >= size), float("-inf"))
     peak = logits.amax(-1)
-    total = (logits - reference_of(peak)[:, None]).exp().sum(-1)
+    total = mass_of(logits, peak)
     value, token = logits.masked_fill_(is_mask, float("-inf")).topk(min(asked.top, size), dim=-1)
     return Record(value, token + first, given, peak, total)
 
@@ -155,7 +155,7 @@ def join(records: Iterable[Record], top: int) -> Record:
     highest = torch.stack(peak).amax(0)
     mass = torch.stack(total) * (torch.stack(peak) - reference_of(highest)).exp()
     ids = torch.cat(token, dim=-1).gather(-1, index)
-    return Record(values, ids, torch.stack(given).amax(0), highest, mass.sum(0))
+    return Record(values, ids, torch.stack(given).amax(0), highest, sum_in_order(mass))
 
 
 def columns(part: list[Group], record: Record) -> dict[int, Tensor]:

@@ -76,7 +76,7 @@ def reduce_logits(logits: Tensor, first: int, mask_id: int, count: int) -> Parti
     ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
     value, index = top(logits.masked_fill(ids == mask_id, float("-inf")), count)
     peak = logits.amax(-1)
-    return Partial(value, index + first, peak, (logits - reference_of(peak)[:, None]).exp().sum(-1))
+    return Partial(value, index + first, peak, mass_of(logits, peak))
 
 
 def lower(logits: Tensor, first: int, lowered: Lowered) -> Tensor:
@@ -102,7 +102,7 @@ def fold(logit: Tensor, token: Tensor, peak: Tensor, total: Tensor, count: int) 
     value, index = top(logit, count)
     highest = peak.amax(0)
     mass = total * (peak - reference_of(highest)).exp()
-    return Partial(value, token.gather(-1, index), highest, mass.sum(0))
+    return Partial(value, token.gather(-1, index), highest, sum_in_order(mass))
 
 
 def finish(part: Partial) -> Best:
@@ -110,6 +110,22 @@ def finish(part: Partial) -> Best:
     prob = (part.logit - part.peak[:, None]).exp() / part.total[:, None]
     sound = prob[:, :1].isfinite()
     return Best(part.token.where(sound, -1), prob.where(sound, 0.0))
+
+
+def mass_of(logits: Tensor, peak: Tensor) -> Tensor:
+    """Sum of exp(logit - peak) of each row, fp32 [P], of logits [P, v] and their peak [P]; 0 where all are -inf.
+
+    By way of softmax, which sums each row alike; the order of a plain sum on a GPU follows from the number of rows.
+    """
+    return logits.softmax(-1).amax(-1).reciprocal().masked_fill(peak == float("-inf"), 0.0)
+
+
+def sum_in_order(parts: Tensor) -> Tensor:
+    """Sum of [S, P] over S, one part after the other; the order of torch's sum follows from P."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def reference_of(peak: Tensor) -> Tensor:

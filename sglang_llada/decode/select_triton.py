@@ -3,7 +3,8 @@
 The first gives every program a block of positions and a slice of the vocabulary, and leaves a record of each position
 there. The second folds a position's records and ends with probabilities, or under tensor parallelism with a record that
 ranks exchange; there it runs once more. In how many slices the vocabulary is cut follows on the device from how many
-positions are wanted: all programs have work whatever a graph was captured for.
+positions are wanted: all programs have work whatever a graph was captured for. An invariant head is cut in as many
+slices, and multiplied in one form, however many positions there are: all sums then have one order.
 
 With few positions the head's bytes are what a step waits for: all multiprocessors stream it, and the ids of a tile are
 the rows of the product, so that a tile may be narrow. With many it is arithmetic: tiles are as large as registers
@@ -61,13 +62,14 @@ HALF = {
     MANY: Form(128, 128, 64, warps=8, stages=3, programs=1),
 }
 SINGLE = {MANY: Form(64, 128, 16, warps=8, stages=3, programs=1)}
+INVARIANT_SLICES = 128
 FOLD_POSITIONS, FOLD_RECORDS, FOLD_WARPS = 4, 128, 4  # of a program of the second kernel, at once
 
 
-def form_of(hidden: Tensor) -> Form:
-    """The form for hidden states [P, H]."""
+def form_of(hidden: Tensor, invariant: bool) -> Form:
+    """The form for hidden states [P, H]; invariant: the same for any P."""
     forms = SINGLE if hidden.element_size() == 4 else HOPPER if is_hopper(hidden.device) else HALF
-    return next(form for most, form in forms.items() if len(hidden) <= most)
+    return forms[MANY] if invariant else next(form for most, form in forms.items() if len(hidden) <= most)
 
 
 @cache
@@ -92,7 +94,10 @@ def select(
     lowered: Lowered | None = None,
 ) -> Best:
     """As select.select; hidden [P, H] and head.weight [v, H] of one dtype."""
-    records, block = reduce_slices(hidden, head, mask_id, count, wanted, lowered), form_of(hidden).positions
+    if head.invariant:
+        wanted = None  # their number would decide on the slices
+    block = form_of(hidden, head.invariant).positions
+    records = reduce_slices(hidden, head, mask_id, count, wanted, lowered)
     if exchange is not None:
         packed = torch.ops.sglang_llada.fold_records(records, wanted, len(hidden), block, count)
         records, block = torch.stack(list(exchange(packed))).mT, len(hidden)
@@ -109,7 +114,8 @@ def reduce(
     lowered: Lowered | None = None,
 ) -> Partial:
     """As select.reduce; hidden [P, H] and head.weight [v, H] of one dtype."""
-    records, block = reduce_slices(hidden, head, mask_id, count, wanted, lowered), form_of(hidden).positions
+    block = form_of(hidden, head.invariant).positions
+    records = reduce_slices(hidden, head, mask_id, count, wanted, lowered)
     return Partial.unpack(torch.ops.sglang_llada.fold_records(records, wanted, len(hidden), block, count))
 
 
@@ -118,7 +124,8 @@ def reduce_slices(
 ) -> Tensor:
     """The first kernel's records, see records_of()."""
     less, by = (None, None) if lowered is None else lowered
-    return torch.ops.sglang_llada.reduce_slices(hidden, head.weight, wanted, less, by, head.first, mask_id, count)
+    numbers = (head.first, mask_id, count, head.invariant)
+    return torch.ops.sglang_llada.reduce_slices(hidden, head.weight, wanted, less, by, *numbers)
 
 
 # Operators, so that they can be traced and counted.
@@ -127,8 +134,8 @@ def reduce_slices(
 @torch.library.custom_op(
     "sglang_llada::reduce_slices",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? wanted, Tensor? less, Tensor? by, int first, int mask_id, int count)"
-    " -> Tensor",
+    schema="(Tensor hidden, Tensor weight, Tensor? wanted, Tensor? less, Tensor? by, int first, int mask_id, int count,"
+    " bool invariant) -> Tensor",
 )
 def reduce_slices_op(
     hidden: Tensor,
@@ -139,9 +146,10 @@ def reduce_slices_op(
     first: int,
     mask_id: int,
     count: int,
+    invariant: bool,
 ) -> Tensor:
     lowered = None if less is None or by is None else Lowered(less, by)
-    return run_slices(form_of(hidden), hidden, weight, wanted, lowered, first, mask_id, count)
+    return run_slices(form_of(hidden, invariant), hidden, weight, wanted, lowered, first, mask_id, count, invariant)
 
 
 @reduce_slices_op.register_fake
@@ -154,8 +162,9 @@ def _(
     first: int,
     mask_id: int,
     count: int,
+    invariant: bool,
 ) -> Tensor:
-    return records_of(form_of(hidden), hidden, count)
+    return records_of(form_of(hidden, invariant), hidden, count, invariant)
 
 
 @torch.library.custom_op(
@@ -196,12 +205,13 @@ def _(records: Tensor, wanted: Tensor | None, positions: int, block: int, count:
 # Launches.
 
 
-def records_of(form: Form, hidden: Tensor, count: int) -> Tensor:
+def records_of(form: Form, hidden: Tensor, count: int, invariant: bool) -> Tensor:
     """Room for the records of all programs, fp32 [programs, 2 count + 2, form.positions], with Partial.pack's fields.
 
     Program s * blocks + b works on slice s and on block b of those that are wanted.
     """
-    programs = max(form.programs * multiprocessors(hidden.device), triton.cdiv(len(hidden), form.positions))
+    blocks = triton.cdiv(len(hidden), form.positions)
+    programs = INVARIANT_SLICES * blocks if invariant else max(form.programs * multiprocessors(hidden.device), blocks)
     return hidden.new_empty(programs, 2 * count + 2, form.positions, dtype=torch.float32)
 
 
@@ -214,9 +224,10 @@ def run_slices(
     first: int,
     mask_id: int,
     count: int,
+    invariant: bool = False,
 ) -> Tensor:
     """The first kernel in a form; its records."""
-    records = records_of(form, hidden, count)
+    records = records_of(form, hidden, count, invariant)
     positions, width = hidden.shape
     if not positions:
         return records

@@ -30,7 +30,8 @@ if INTERPRETED:
     @pytest.fixture(autouse=True)
     def small(monkeypatch: pytest.MonkeyPatch) -> None:
         """Sizes at which the interpreter is quick and loops are not over at once."""
-        monkeypatch.setattr(select_triton, "form_of", lambda hidden: Form(64, 64, 16, warps=4, stages=2, programs=1))
+        form = Form(64, 64, 16, warps=4, stages=2, programs=1)
+        monkeypatch.setattr(select_triton, "form_of", lambda hidden, invariant: form)
         monkeypatch.setattr(decide_triton, "ROWS", tl.constexpr(4))  # counted in several rounds
 
     def a_record(rng: random.Random, T: int) -> list[int]:

@@ -34,7 +34,7 @@ if INTERPRETED:
 
     def use(monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
         """Run everything in one form."""
-        monkeypatch.setattr(select_triton, "form_of", lambda hidden: form)
+        monkeypatch.setattr(select_triton, "form_of", lambda hidden, invariant: form)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(
@@ -117,6 +117,19 @@ if INTERPRETED:
         some = select_triton.select(hidden, head, MASK, 2, None, torch.tensor(wanted))
         assert torch.equal(some.token[:wanted], whole.token[:wanted])
         torch.testing.assert_close(some.prob[:wanted], whole.prob[:wanted], rtol=1e-6, atol=0)
+
+    def test_an_invariant_head_says_the_same_of_a_position_whatever_is_beside_it(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """To the last bit, of any number of positions; a position's place in its tile is the device's to ignore."""
+        monkeypatch.setattr(select_triton, "INVARIANT_SLICES", 3)
+        torch.manual_seed(0)
+        agree(exact(140, 16).half(), Head(exact(300, 16).half(), invariant=True), 2)
+        hidden, head = torch.randn(140, 16).half(), Head(torch.randn(300, 16).half(), invariant=True)
+        together = select_triton.select(hidden, head, MASK, 2, None, None)
+        for some in (slice(0, 1), slice(0, 40), slice(128, 140)):
+            alone = select_triton.select(hidden[some], head, MASK, 2, None, torch.tensor(1000))
+            assert torch.equal(alone.token, together.token[some]) and torch.equal(alone.prob, together.prob[some])
 
     def test_no_positions() -> None:
         assert select_triton.reduce(torch.zeros(0, 16), Head(exact(200, 16)), MASK, 2).logit.shape == (0, 2)

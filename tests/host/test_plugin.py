@@ -228,8 +228,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_on_a_gpu_attention_is_ours(arguments: Any, llada2: str, card: Any, capability: tuple[int, int]) -> None:
     card(*capability)
-    args = filled(arguments, Mode.ON, model_path=llada2, device="cuda")
-    assert args.attention_backend == "llada_rows"
+    for determinism in (False, True):
+        given = {"enable_deterministic_inference": determinism}
+        args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", **given)
+        assert args.attention_backend == "llada_rows"
     from sglang_llada.host.start.algorithm import OwnAlgorithm
 
     assert args.attention_backend in OwnAlgorithm.supported_attention_backends  # or graphs would make it flashinfer
@@ -251,7 +253,6 @@ def test_on_a_gpu_the_users_attention_wins(arguments: Any, llada2: str, card: An
         ((7, 5), 32, {}, "compute capability 7.5"),
         ((9, 0), 128, {"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
         ((8, 6), 128, {"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 below compute capability 8.9"),
-        ((9, 0), 128, {"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
     ],
 )
 def test_what_our_kernel_does_not_know_is_left_to_another_and_named(

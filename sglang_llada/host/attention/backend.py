@@ -14,6 +14,7 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.runtime_context import get_exec
 from torch import Tensor
 
 from sglang_llada.errors import ConfigError, IntegrityError
@@ -68,6 +69,8 @@ class KernelAttention(AttentionBackend):
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.block_size: int = model_runner.page_size  # a page is a block
+        # How keys are split follows from the number of rows, and so would the order of sums.
+        self.splits = 1 if get_exec().deterministic.enable_deterministic_inference else None
         card = torch.cuda.get_device_properties(model_runner.device)
         settings = attention_triton.settings_for(model_runner.dtype.itemsize, (card.major, card.minor))
         self.launcher = attention_triton.Device.make(
@@ -103,6 +106,7 @@ class KernelAttention(AttentionBackend):
             block=self.block_size,
             scale=layer.scaling * (layer.k_scale_float if scaled and layer.k_scale is not None else 1.0),
             value_scale=layer.v_scale_float if scaled and layer.v_scale is not None else 1.0,
+            splits=self.splits,
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

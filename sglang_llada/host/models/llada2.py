@@ -445,8 +445,13 @@ class LLaDA2MoeModelLM(nn.Module):
     def head(self) -> Head:
         """This rank's rows of the output embedding, without the host's padding."""
         shard = self.lm_head.shard_indices
-        slots, vocabulary = self.lm_head.num_embeddings_per_partition, self.config.vocab_size
-        return Head(self.lm_head.weight[: shard.num_org_elements], shard.org_vocab_start_index, slots, vocabulary)
+        return Head(
+            self.lm_head.weight[: shard.num_org_elements],
+            shard.org_vocab_start_index,
+            slots=self.lm_head.num_embeddings_per_partition,
+            vocabulary=self.config.vocab_size,
+            invariant=get_exec().deterministic.enable_deterministic_inference,
+        )
 
     @property
     def exchange(self) -> Exchange | None:

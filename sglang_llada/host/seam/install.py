@@ -64,7 +64,11 @@ def register_config(mode: Mode) -> None:
 
 def hook_arguments(mode: Mode) -> None:
     """Complete server arguments, and correct the facts that the host reads from a table of architecture names."""
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.choices import (
+        add_attention_backend_choices,
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    )
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -84,6 +88,8 @@ def hook_arguments(mode: Mode) -> None:
         return correct_facts(config, server_args, mode)
 
     add_attention_backend_choices([ATTENTION_BACKEND])
+    add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+    add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
     verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
@@ -106,14 +112,16 @@ def load_in_http_processes() -> None:
 
 
 def prepare_cpu() -> bool:
-    """On our CPU platform, repair what the host's expert layers get wrong there; whether it is to replay graphs."""
+    """On our CPU platform, repair the host's expert layers, and bring products for determinism; whether it replays."""
     from sglang.srt.platforms import current_platform
 
     if not type(current_platform).__module__.startswith("sglang_llada."):
         return False
     from sglang_llada.host.cpu import experts as cpu_experts
+    from sglang_llada.host.cpu import invariant
 
     cpu_experts.install()
+    invariant.install()
     replays: bool = current_platform.replays
     return replays
 

@@ -73,6 +73,11 @@ REFUSALS = (
     Refusal("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", lambda a: a.is_embedding),
+    Refusal(
+        "--rl-on-policy-target, since no trainer's operations are repeated bit for bit "
+        "(--enable-deterministic-inference is supported)",
+        lambda a: a.rl_on_policy_target is not None,
+    ),
     Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
     Refusal("CUDA graphs of prefills", lambda a: captures_prefills(a)),
     Refusal(

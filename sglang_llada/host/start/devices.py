@@ -32,7 +32,9 @@ def fill_in_platform(server_args: Any) -> None:
     # One core stays free for the server's other processes: torch's threads wait for the slowest of them. Read by the
     # schedulers, which are started after this.
     cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((len(cores) - 1) // args.tp_size, 1)))
+    # Threads share an operation by its size, and vectorised ends of their shares need not be what stands in the middle.
+    threads = 1 if args.enable_deterministic_inference else max((len(cores) - 1) // args.tp_size, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The host wants one NUMA node per rank, or to be told; only its own kernels would bind threads to what it is told.
     ranks = args.tp_size * args.dp_size
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([",".join(map(str, cores))] * ranks))
@@ -77,7 +79,8 @@ def cpu_dtype(model_path: str, revision: str | None) -> str:
 def cuda_options(args: Any, head_dim: int) -> dict[str, Any]:
     """Our attention on a GPU, unless the user names another or it cannot serve the model there.
 
-    Where it cannot, the host would take FlashInfer, because graphs are on; it does not have every size of heads.
+    Where it cannot, the host would take FlashInfer, because graphs are on; it does not have every size of heads. For
+    determinism it would take FA3 on some cards, which is none of ours.
 
     Raises:
         ConfigError: the host's norms do not know the dtype, or the attention that is asked for not the size of heads.
@@ -101,7 +104,7 @@ def cuda_options(args: Any, head_dim: int) -> dict[str, Any]:
         return {"attention_backend": ATTENTION_BACKEND}
     if in_flashinfer:
         logger.warning("attention is left to the host, because %s cannot serve %s", ATTENTION_BACKEND, obstacles)
-        return {}
+        return {"attention_backend": "flashinfer"} if args.enable_deterministic_inference else {}
     logger.warning(
         "--attention-backend is triton, because %s cannot serve %s, and flashinfer has no heads of %d",
         ATTENTION_BACKEND,
@@ -121,6 +124,5 @@ def attention_obstacles(args: Any, head_dim: int, capability: tuple[int, int]) -
         (head_dim in HEAD_SIZES, f"heads of {head_dim}"),
         (kv in ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3"), f"--kv-cache-dtype {kv}"),
         (kv != "fp8_e4m3" or capability >= (8, 9), f"--kv-cache-dtype {kv} below compute capability 8.9"),
-        (not args.enable_deterministic_inference, "--enable-deterministic-inference"),
     ]
     return ", ".join(what for holds, what in rules if not holds)
