@@ -6,10 +6,17 @@ import importlib.util
 
 import pytest
 
+from tests import sizes
+
 HOST_INSTALLED = importlib.util.find_spec("sglang") is not None
 
 # Their modules import the host, so they cannot even be collected without it.
 collect_ignore_glob = [] if HOST_INSTALLED else ["host/*"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where long tests run, the others send many requests too."""
+    sizes.long = "long" in config.option.markexpr
 
 
 def pytest_report_header() -> list[str]:
@@ -23,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Servers come first: of files that run side by side, what is left for the end is short.
     """
     items.sort(key=lambda item: "host" not in item.path.parts)
-    if "long" not in config.option.markexpr:
+    if not sizes.long:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="runs with `-m long` only"))

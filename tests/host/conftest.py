@@ -24,9 +24,10 @@ from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate
 from sglang_llada.llada2.weights import load_reference
 from tests.host.serving import Server, serving
+from tests.sizes import size
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llada2"
-PROMPTS, NEW_TOKENS = 200, 40
+PROMPTS, NEW_TOKENS = size(100, 200), 40
 CLOSE = 1e-4  # a decision this near to another one may go either way in floating point
 
 

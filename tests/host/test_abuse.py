@@ -10,6 +10,7 @@ import pytest
 from bench.abuse import CHECKPOINT, Plan, run, serving_or, show
 from bench.hostile import KINDS, Facts
 from bench.shots import CUT, ask, status
+from tests.sizes import size
 
 pytestmark = pytest.mark.host
 
@@ -49,7 +50,7 @@ def attack(minutes: float, tp: int, folder: Path, *, gaps: bool = True) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hostile_requests_harm_nobody(tmp_path: Path) -> None:
-    attack(1.33, 1, tmp_path, gaps=False)
+    attack(size(40, 80) / 60, 1, tmp_path, gaps=False)
 
 
 @pytest.mark.slow

@@ -30,12 +30,14 @@ from tests.host.ways import (
     ask_shaped,
     babble,
 )
+from tests.sizes import size
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 PLAIN = ("threshold", "quality", "mbe", "levenshtein")  # get all prompts, the others every third
-COUNT, LONG_TOKENS = 100, 100
-SEEDS = 64
+COUNT, LONG_TOKENS = size(36, 100), 100
+SEEDS = size(32, 64)
+ENDLESS = size(8, 16)  # requests of each way that do not end by themselves
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def facts() -> CheckpointFacts:
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
-    return list(held_out_prompts(tokenizer, [1, 2, 31, 32, 33, 63, 64, 65, *range(30, 30 + COUNT - 8)]))
+    return list(held_out_prompts(tokenizer, [1, 2, 31, 32, 33, 63, 64, 65, *range(30, 22 + COUNT)]))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_mixed_algorithms_in_one_batch_equal_their_references(server: Server, prompts: list[list[int]]) -> None:
-    """Each way one request at a time, then streamed and 16 at once: 740 streams."""
+    """Each way one request at a time, then streamed and 16 at once."""
     some = {way: prompts[:: 1 if way in PLAIN else 3] for way in WAYS}
     asked = [each for way in WAYS for each in ask(way, some[way])]
     random.Random(0).shuffle(asked)
@@ -91,7 +93,7 @@ def test_requests_that_go_round_in_circles_end_within_their_bound_and_disturb_no
     server: Server, facts: CheckpointFacts
 ) -> None:
     """Random prompts, long answers without an end, all ways at once, in a pool that is too small for them."""
-    by_way = [ask(way, babble(16), LONG_TOKENS, ignore_eos=True) for way in WAYS]
+    by_way = [ask(way, babble(ENDLESS), LONG_TOKENS, ignore_eos=True) for way in WAYS]
     asked = [each for group in zip(*by_way, strict=True) for each in group]
     asked[::20] = ask_sampled(babble(len(asked[::20]), seed=2), RESTLESS)
     server.flush()

@@ -13,10 +13,11 @@ import requests
 
 from tests.host.grammars import record
 from tests.host.serving import Server
+from tests.sizes import size
 
 pytestmark = pytest.mark.host
 
-COUNT, AT_ONCE = 1000, 16
+COUNT, AT_ONCE = size(500, 1000), 16
 SCHEMA = json.dumps(record(a={"type": "integer", "maximum": 9, "minimum": 0}, b={"enum": ["x", "yz"]}))
 
 # Of each field, values of which some are not allowed; a request takes a few fields at random.

@@ -14,10 +14,13 @@ import pytest
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, loaded
 from tests.host.serving import Server, launch, ready, serving, session_members, stop, tail
 from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
+from tests.sizes import size
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DEATH_SECONDS = 120
+COUNT = size(50, 100)
+SEEDS = size(32, 64)
 LOG_OFTEN = ("--decode-log-interval", "5")
 
 FLAGS = {
@@ -34,10 +37,10 @@ def test_two_ranks_with_requests_of_their_own_answer_as_one(cases: list[Case], t
 
 
 def answer_as_one(server: Server, cases: list[Case], how: str) -> tuple[int, int]:
-    """Hundred prompts, 16 at once; how many steps were replayed, and how many not."""
-    answers = server.generate_all([case.prompt for case in cases[:100]], NEW_TOKENS, 16)
+    """COUNT prompts, 16 at once; how many steps were replayed, and how many not."""
+    answers = server.generate_all([case.prompt for case in cases[:COUNT]], NEW_TOKENS, 16)
     replayed, eager = re.findall(r"graph: (\d+) steps replayed, (\d+) eager", server.log.read_text())[-1]
-    compare(cases[:100], answers, f"{how}, 16 at once")
+    compare(cases[:COUNT], answers, f"{how}, 16 at once")
     print(f"steps: {replayed} replayed, {eager} eager")
     return int(replayed), int(eager)
 
@@ -46,9 +49,9 @@ def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[C
     """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests."""
     model, facts = loaded(CHECKPOINT)
     assert facts.indel and model.config.expert_capacity is not None
-    prompts = [case.prompt[-60:] for case in cases[:4]]
+    prompts = [case.prompt[-60:] for case in cases[: size(2, 4)]]
     asked = [each for way in WAYS for each in ask(way, prompts)]
-    sampled = ask_sampled([*prompts, *babble(64 - len(prompts))])
+    sampled = ask_sampled([*prompts, *babble(SEEDS - len(prompts))])
     with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
         for some, what in ((asked, "greedy"), (sampled, "sampled")):
             with ThreadPoolExecutor(16) as pool:
