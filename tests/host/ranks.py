@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.host import warm
 from tests.host.serving import free_port
 
 PATIENCE = 540
@@ -74,15 +76,27 @@ def make_runner(rank: int, job: Job) -> Any:
     return runner
 
 
+def start_rank(rank: int, job: Job) -> BaseProcess:
+    """The process of one rank; a warm one has imported the host before anything could be prepared."""
+    if warm.WARM and job.prepare is None:
+        return warm.fork(run_warm_rank, (rank, job), warm.environment())
+    process = multiprocessing.get_context("spawn").Process(target=run_rank, args=(rank, job), daemon=True)
+    process.start()
+    return process
+
+
+def run_warm_rank(rank: int, job: Job) -> None:
+    """As run_rank, with the threads that the environment says."""
+    warm.take_threads()
+    run_rank(rank, job)
+
+
 def run_ranks(
     task: Task, folder: Path, ranks: int, *flags: str, prepare: Callable[[], None] | None = None
 ) -> list[dict[str, Any]]:
     """What `task` gives on each rank; functions of a module, because they are sent to other processes."""
     job = Job(task, folder, free_port(), ("--tp-size", str(ranks), *flags), prepare)
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=run_rank, args=(rank, job), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    processes = [start_rank(rank, job) for rank in range(ranks)]
     try:
         for process in processes:
             process.join(PATIENCE)

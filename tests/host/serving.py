@@ -118,17 +118,16 @@ def launch(
     """Start the plain host command on a free port, `cold` as a user's shell does; the process and its address."""
     port = free_port()
     flags = ["--model-path", str(model), "--port", str(port), *args]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment |= {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
+    variables = warm.environment() | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
     if warm.WARM and not cold and module == warm.COMMAND:
-        return warm.WarmServer(flags, log, environment, ROOT), f"http://127.0.0.1:{port}"
+        return warm.WarmServer(flags, log, variables, ROOT), f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=environment,
+            env=variables,
             start_new_session=True,
         )
     return process, f"http://127.0.0.1:{port}"

@@ -1,9 +1,9 @@
-"""Servers that start in a fifth of the time: each is forked from a process that has imported what all of them import.
+"""Processes of the host that start in a fifth of the time: forked from one that has imported what all of them import.
 
 An import of the host takes 16 s, and a server consists of three processes that import it. The standard library's fork
-server does it once for all servers of a test run that have the same environment, which imports read. Inside such a
+server does it once for all processes of a test run that have the same environment, which imports read. Inside such a
 server the host forks its processes where it would spawn them; all else is the plain command's, whose `main` runs. With
-TEST_SERVERS=cold every server is started by the plain command.
+TEST_SERVERS=cold every server is started by the plain command, and ranks are spawned.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,25 +36,36 @@ MODULES = [
 ]
 
 
+def environment() -> dict[str, str]:
+    """Ours, without what changes with each test."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+
+
 @functools.cache
-def fork_server(environment: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
+def fork_server(variables: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
     """The process that has imported MODULES under these variables."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(MODULES)
-    with mock.patch.dict(os.environ, dict(environment), clear=True):
+    with mock.patch.dict(os.environ, dict(variables), clear=True):
         server.ensure_running()
     return server
+
+
+def fork(target: Callable[..., None], args: tuple[Any, ...], variables: dict[str, str]) -> ForkServerProcess:
+    """A function of a module, called in a process of its own whose environment is these variables."""
+    process: ForkServerProcess = ForkServerContext().Process(target=target, args=args)
+    forks = fork_server(frozenset(variables.items()))
+    with mock.patch.object(forkserver, "connect_to_new_process", forks.connect_to_new_process):
+        process.start()
+    return process
 
 
 class WarmServer:
     """What tests use of a subprocess.Popen."""
 
-    def __init__(self, args: list[str], log: Path, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, args: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
         self.args = args
-        self._process: ForkServerProcess = ForkServerContext().Process(target=serve, args=(args, log, folder))
-        forks = fork_server(frozenset(environment.items()))
-        with mock.patch.object(forkserver, "connect_to_new_process", forks.connect_to_new_process):
-            self._process.start()
+        self._process = fork(serve, (args, log, folder), variables)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
