@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 
@@ -15,8 +16,12 @@ collect_ignore_glob = [] if HOST_INSTALLED else ["host/*"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where long tests run, the others send many requests too."""
+    """Where long tests run, the others send many requests too. Processes that run side by side share the cores."""
     sizes.long = "long" in config.option.markexpr
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        import torch
+
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // int(workers), 1))
 
 
 def pytest_report_header() -> list[str]:
