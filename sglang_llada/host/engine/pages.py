@@ -97,10 +97,8 @@ class Pages:
         except Exception as error:
             log(req.rid, error)  # its answer is whole; nobody shares its KV
         del self.reqs[req.rid]
-        if req.kv.is_kv_released:  # a row without a page yet, which the host does not know
-            self.host.tree_cache.unlock(req.lock)
-            req.lock = None
-            self.host.req_to_token_pool.free(req)
+        if req.kv.is_kv_released:
+            self._free_row(req)
         else:
             release_kv_cache(req, self.host.tree_cache, checkpoint=False)
 
@@ -111,15 +109,25 @@ class Pages:
         request.retract()
         del self.reqs[req.rid]
         self.host.running_batch.reqs.remove(req)
-        release_req(
-            req=req,
-            remaing_req_count=len(self.host.running_batch.reqs),
-            req_to_token_pool=self.host.req_to_token_pool,
-            token_to_kv_pool_allocator=self.host.token_to_kv_pool_allocator,
-            tree_cache=self.host.tree_cache,
-            hisparse_coordinator=None,
-        )
+        if req.kv.is_kv_released:
+            self._free_row(req)
+            req.reset_for_retract()
+        else:
+            release_req(
+                req=req,
+                remaing_req_count=len(self.host.running_batch.reqs),
+                req_to_token_pool=self.host.req_to_token_pool,
+                token_to_kv_pool_allocator=self.host.token_to_kv_pool_allocator,
+                tree_cache=self.host.tree_cache,
+                hisparse_coordinator=None,
+            )
         self.host._add_request_to_queue(req, is_retracted=True)
+
+    def _free_row(self, req: Any) -> None:
+        """Give back a row without a page yet, which the host does not know."""
+        self.host.tree_cache.unlock(req.lock)
+        req.lock = None
+        self.host.req_to_token_pool.free(req)
 
     def held(self) -> dict[str, int]:
         """Positions that each request has pages for, as the host's records say."""
