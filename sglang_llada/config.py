@@ -189,6 +189,7 @@ FOREIGN: dict[str, Foreign] = {
     "remasking": Foreign("allowed: 'low_confidence'", ("low_confidence",)),
     "cfg_scale": Foreign("allowed: 0, since LLaDA2 is not guided", (0,)),
 }
+CANVAS = "canvas"  # of custom_params, the answer as far as it is given: no parameter of a decode, but of one request
 # All that changes how a request is decoded.
 KEYS = (
     {"algorithm", "mode"}

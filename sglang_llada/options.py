@@ -13,11 +13,11 @@ the standard library. docs/decoding.md says what each parameter is good for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from sglang_llada.config import ALGORITHMS, FOREIGN, MODES, VARIANTS, DecodeConfig, Parameter
+from sglang_llada.config import ALGORITHMS, CANVAS, FOREIGN, MODES, NEED_INDEL, VARIANTS, DecodeConfig, Parameter
 
 ANY_BLOCK = 2**31 - 1  # where the block size, which the server knows, is the bound
 
@@ -27,7 +27,7 @@ class Options:
     """What every algorithm takes; None leaves a parameter to the server.
 
     Raises:
-        ConfigError: a value is not allowed; the server holds `steps` against its block size.
+        ConfigError: a value is not allowed; the server holds `steps` against its block size, and looks at a canvas.
     """
 
     algorithm: ClassVar[str]
@@ -39,7 +39,8 @@ class Options:
     stream_mode: Literal["committed", "denoise"] | None = None
 
     def __post_init__(self) -> None:
-        DecodeConfig.defaults(ANY_BLOCK, self.algorithm, indel=True).replaced(self.custom_params, type(self).__name__)
+        decode = {key: value for key, value in self.custom_params.items() if key != CANVAS}
+        DecodeConfig.defaults(ANY_BLOCK, self.algorithm, indel=True).replaced(decode, type(self).__name__)
 
     @property
     def custom_params(self) -> dict[str, Any]:
@@ -50,20 +51,22 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Options):
-    """LLaDA2.0's decode: tokens above a probability are kept."""
+    """LLaDA2.0's decode: tokens above a probability are kept; `canvas`: the answer as far as it is given."""
 
     algorithm: ClassVar[str] = "threshold"
 
     threshold: float | None = None
     steps: int | None = None
     early_exit: bool | None = None
+    canvas: Sequence[int | str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointThreshold(Options):
     """LLaDA2.1's decode: tokens are kept above a probability, and may be edited.
 
-    `window` above 1 edits blocks before, too; `mode` names LLaDA2.1's own values, which those beside it go before.
+    `window` above 1 edits blocks before, too; `mode` names LLaDA2.1's own values, which those beside it go before;
+    `canvas` is the answer as far as it is given.
     """
 
     algorithm: ClassVar[str] = "joint_threshold"
@@ -74,6 +77,7 @@ class JointThreshold(Options):
     max_post_edit_steps: int | None = None
     window: int | None = None
     penalty_lambda: float | None = None
+    canvas: Sequence[int | str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +180,12 @@ def schema_of(algorithm: str) -> dict[str, Any]:
                 **schema_of_value(parameters[foreign.ours]),
                 "description": f"the same as {foreign.ours}",
             }
+    if algorithm not in NEED_INDEL:
+        properties[CANVAS] = {
+            "type": "array",
+            "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}, {"type": "null"}]},
+            "description": "the answer as far as it is given: token ids, texts, and null for each open position",
+        }
     return {"title": algorithm, "type": "object", "properties": properties, "additionalProperties": False}
 
 

@@ -30,7 +30,6 @@ LONG_FILES = {
     "llada2/reference.py": "the reference network and decode in one file",
 }
 LONG_FUNCTIONS = {
-    "blocks/request.py: decide": "the move with the most rules, in their order",
     "decode/decide.py: in_torch": "a step as a pipeline of selections",
     "decode/decide_triton.py: rows_kernel": "a kernel is one function",
     "decode/levenshtein.py: step": "the paper's rule in its order",

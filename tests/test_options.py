@@ -22,7 +22,9 @@ META = {"completion_tokens": 6, "dllm_nfe": 3, "dllm_steps": 2, "dllm_forward_co
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_are_the_parameters(kind: type[Options]) -> None:
-    said = {name: get_args(hint)[0] for name, hint in get_type_hints(kind).items() if name != "algorithm"}
+    said = {
+        name: get_args(hint)[0] for name, hint in get_type_hints(kind).items() if name not in ("algorithm", "canvas")
+    }
     named = {name: get_args(value) or value for name, value in said.items()}
     modes = {"mode": tuple(MODES[kind.algorithm])} if kind.algorithm in MODES else {}
     assert named == {p.name: p.kind for p in ALGORITHMS[kind.algorithm]} | modes
@@ -38,6 +40,15 @@ def test_only_what_is_given_is_sent() -> None:
         "threshold": 0.9,
         "trace": True,
     }
+
+
+def test_a_canvas_goes_with_what_keeps_positions() -> None:
+    asked = Threshold(canvas=["a", 5, None])
+    assert asked.custom_params == {"algorithm": "threshold", "canvas": ["a", 5, None]}
+    validator = Draft202012Validator(schema())
+    assert validator.is_valid(asked.custom_params) and validator.is_valid({"canvas": [None]})
+    assert not validator.is_valid({"algorithm": "threshold", "canvas": [0.5]})
+    assert not validator.is_valid({"algorithm": "levenshtein", "canvas": [None]})
 
 
 def test_a_bad_value_is_refused_where_it_is_written() -> None:

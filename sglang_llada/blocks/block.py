@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 class Block:
     """A live block: tokens at [start, start + T), the mask id where open; the first `given` are the prompt's.
 
-    Sets of its positions are numbers, with bit i for position i, because every step asks about them.
+    `fixed` are the positions that no step may change: those of the prompt, and what a canvas gives. Sets of positions
+    are numbers, with bit i for position i, because every step asks about them.
     """
 
     start: int
     given: int
+    fixed: int
     tokens: list[int]
     open: int
     state: Sequence[int]  # what the decode carries from step to step; only kept here

@@ -12,6 +12,10 @@ most one a step, when fewer than `live_blocks` are live from the first one that 
 fewer than `next_block_share` of its positions open; but not with a stop token among their tokens, nor past the last
 allowed token.
 
+A canvas is an answer of which some tokens are given, anywhere. Given positions are fixed, and stop tokens count from
+the last of them on. A block that is given as a whole is done when it begins, without a step: the next one may begin in
+the same move, and its KV is filled as a prompt's, for which the request goes back to FILLING where it is much.
+
         admit            caught up            decided, ended ...
 WAITING -----> FILLING -----------> DECODING -----------> DONE
    ^  |           |                    |                   ^
@@ -23,7 +27,8 @@ WAITING -----> FILLING -----------> DECODING -----------> DONE
 | admit     | WAITING                    | FILLING, or as after fill when nothing is left to fill   |
 | fill      | FILLING, DECODING (a SEAL) | DECODING once all before the live blocks is filled, or   |
 |           |                            | DONE if no token was asked for                           |
-| decide    | DECODING                   | the same, or DONE when the answer is complete             |
+| decide    | DECODING                   | the same, or DONE when the answer is complete, or FILLING |
+|           |                            | when more given blocks follow than decode rows may seal   |
 | retract   | FILLING, DECODING          | WAITING; the live blocks keep what they have decided      |
 | end       | any but DONE               | DONE                                                     |
 
@@ -71,6 +76,7 @@ class Request(Generic[P]):
     params: P
     block_size: int
     mask_id: int
+    canvas: Sequence[int | None] = ()  # the answer as far as it is given, None where open; then max_new_tokens long
     fresh: Sequence[int] = ()  # the state of a block that no step has seen
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only kept here
     shaping: Any = None  # what it does to its logits, if anything; only kept here
@@ -92,7 +98,7 @@ class Request(Generic[P]):
     # Positions whose token is given or committed: written by _commit beside `output`, as every step asks several times.
     known: int = 0
     output: list[int] = field(default_factory=list)  # committed tokens: everything before them is decided
-    notes: list[Any] = field(default_factory=list)  # on each of them, where `noted`
+    notes: list[Any] = field(default_factory=list)  # on each of them, where `noted`; None on what is given
     prompt_notes: dict[int, Any] = field(default_factory=dict)  # by position; only kept here
     filled: int = 0  # positions with final KV, a multiple of the block size; written by admit, fill, retract
     blocks: list[Block] = field(default_factory=list)  # the live ones, in order of position
@@ -100,10 +106,15 @@ class Request(Generic[P]):
     steps: int = 0  # decode steps
     steps_per_block: list[int] = field(default_factory=list)  # decode steps of each block that is gone
     notes_reported: int = 0
+    stops_from: int = 0  # the position from which stop tokens count; written by __post_init__
 
     def __post_init__(self) -> None:
         self.known = len(self.prompt)
-        self._open_block(len(self.prompt) // self.block_size * self.block_size)
+        last_given = max((i for i, token in enumerate(self.canvas) if token is not None), default=0)
+        self.stops_from = self.known + last_given
+        self._open_block(self.known // self.block_size * self.block_size)
+        if self.blocks[0].done:
+            self._advance([], spent=False)
 
     # --- moves, in the order of a request's life -------------------------------------------------------------------
 
@@ -144,40 +155,18 @@ class Request(Generic[P]):
             self._expect("decide", Phase.DECODING)
         if len(news) != len(self.blocks):
             raise IntegrityError(f"{self.rid}: decisions for {len(news)} blocks, of which {len(self.blocks)} are live")
-        rules = self.rules
-        same = list(map(self._take, self.blocks, news))
+        same, before = list(map(self._take, self.blocks, news)), len(self.output)
         self.steps += 1
         if self.max_new_tokens == 0:
             self.end(Ending.LENGTH)
             return 0
-        spent = self.steps == rules.max_nfe
-        before, answer = len(self.output), self._answer(spent)
-        if before + len(answer) >= self.max_new_tokens or not self.stop_ids.isdisjoint(answer):
-            for i, token in enumerate(answer, 1):
-                if token in self.stop_ids or before + i == self.max_new_tokens:
-                    self._commit(i)
-                    self.end(Ending.STOP if token in self.stop_ids else Ending.LENGTH)
-                    return i
-        if spent:
-            self._commit(len(answer))
-            self.end(Ending.LENGTH)
-            return len(answer)
-        done = self._leading_done() if self.blocks[0].done else 0
-        leave = max(done - rules.window + 1, 0) if done else 0
-        if rules.whole_blocks:
-            answer = answer[: max(self.live_from + leave * self.block_size - self.known, 0)] if leave else []
-        if answer:
-            self._commit(len(answer))
-        for unchanged in same[:leave]:
-            if unchanged and self.filled == self.live_from:
-                self.filled += self.block_size
-            self.steps_per_block.append(self.blocks.pop(0).steps)
-        if len(self.blocks) - (done - leave) < rules.live_blocks:
-            self._open_next()
-        return len(answer)
+        self._advance(same, spent=self.steps == self.rules.max_nfe)
+        if self.canvas and self.phase is Phase.DECODING and self.unfilled >= self.rules.window + self.rules.live_blocks:
+            self.phase = Phase.FILLING
+        return len(self.output) - before
 
     def block_after(self) -> Block | None:
-        """The block that follows the only live one, to be begun early; None if, as far as is known, none follows.
+        """The block that follows the only live one, to be begun early; None if, as far as is known, none takes steps.
 
         Not live before the live one has left; what a step decides of it until then counts for nothing.
         """
@@ -187,7 +176,7 @@ class Request(Generic[P]):
             return None
         if self.ahead is None or self.ahead.start != start:
             self.ahead = self._new_block(start)
-        return self.ahead
+        return None if self.ahead.done else self.ahead
 
     def retract(self) -> None:
         """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
@@ -319,6 +308,49 @@ class Request(Generic[P]):
             if not self.wants_decode:
                 self.end(Ending.LENGTH)
 
+    def _advance(self, same: Sequence[bool], *, spent: bool) -> None:
+        """Commit what is final, end if that completes the answer, let blocks leave, and open the next one.
+
+        Again while that is given as a whole.
+
+        Args:
+            same: of the first live blocks, whether the step left them as they were.
+            spent: whether no further step is allowed.
+        """
+        rules, T = self.rules, self.block_size
+        while True:
+            answer = self._answer(spent)
+            if self._ends_with(answer):
+                return
+            if spent:
+                self._commit(len(answer))
+                return self.end(Ending.LENGTH)
+            done = self._leading_done() if self.blocks[0].done else 0
+            leave = max(done - rules.window + 1, 0) if done else 0
+            if rules.whole_blocks:
+                answer = answer[: max(self.live_from + leave * T - self.known, 0)] if leave else []
+            if answer:
+                self._commit(len(answer))
+            for i in range(leave):
+                if i < len(same) and same[i] and self.filled == self.live_from:
+                    self.filled += T
+                self.steps_per_block.append(self.blocks.pop(0).steps)
+            same = same[leave:]
+            if len(self.blocks) - (done - leave) >= rules.live_blocks or not self._open_next():
+                return
+
+    def _ends_with(self, answer: list[int]) -> bool:
+        """Whether the next tokens complete the answer, which is then committed and ended."""
+        before, counts_from = len(self.output), self.stops_from - self.known
+        if before + len(answer) >= self.max_new_tokens or not self.stop_ids.isdisjoint(answer):
+            for i, token in enumerate(answer):
+                stopped = token in self.stop_ids and i >= counts_from
+                if stopped or before + i + 1 == self.max_new_tokens:
+                    self._commit(i + 1)
+                    self.end(Ending.STOP if stopped else Ending.LENGTH)
+                    return True
+        return False
+
     def _leading_done(self) -> int:
         """How many of the live blocks are done before the first that is not."""
         count = 0
@@ -360,23 +392,25 @@ class Request(Generic[P]):
                 return
             count -= taken
 
-    def _open_next(self) -> None:
-        """Open the block after the live ones if it is time; see the module."""
+    def _open_next(self) -> bool:
+        """Open the block after the live ones if it is time (see the module); whether it is given as a whole."""
         if not self.blocks:
-            return self._open_block(self.known)
+            self._open_block(self.known)
+            return self.blocks[-1].done
         last, T = self.blocks[-1], self.block_size
         ready = last.done or last.open.bit_count() < self.rules.next_block_share * T
-        if ready and self._goes_on_behind(last):
-            self._open_block(last.start + T)
-        return None
+        if not ready or not self._goes_on_behind(last):
+            return False
+        self._open_block(last.start + T)
+        return self.blocks[-1].done
 
     def _goes_on_behind(self, last: Block) -> bool:
         """Whether more is allowed behind the last live block, and no stop token stands in one."""
         T = self.block_size
         if last.start + T >= len(self.prompt) + self.max_new_tokens:
             return False
-        decided = (b.tokens[i] for b in self.blocks for i in range(b.given, T) if not b.open >> i & 1)
-        return self.stop_ids.isdisjoint(decided)
+        counting = ((b, i) for b in self.blocks for i in range(max(self.stops_from - b.start, 0), T))
+        return self.stop_ids.isdisjoint(b.tokens[i] for b, i in counting if not b.open >> i & 1)
 
     def _open_block(self, start: int) -> None:
         begun, self.ahead = self.ahead, None
@@ -384,12 +418,17 @@ class Request(Generic[P]):
         self.can_defer = self.single and start + self.block_size < len(self.prompt) + self.max_new_tokens
 
     def _new_block(self, start: int) -> Block:
-        given, T = list(self.prompt[start:]), self.block_size
-        holes = T - len(given)
-        tokens = given + [self.mask_id] * holes
-        return Block(
-            start, len(given), tokens, (1 << T) - (1 << len(given)), self.fresh, [None] * T if self.noted else []
-        )
+        T, n = self.block_size, len(self.prompt)
+        tokens = list(self.prompt[start:])
+        given = len(tokens)
+        fixed = (1 << given) - 1
+        for i, token in enumerate(self.canvas[max(start - n, 0) : max(start + T - n, 0)], given):
+            tokens.append(self.mask_id if token is None else token)
+            fixed |= (token is not None) << i
+        tokens += [self.mask_id] * (T - len(tokens))
+        is_open = (1 << T) - 1 ^ fixed
+        notes = [None] * T if self.noted else []
+        return Block(start, given, fixed, tokens, is_open, self.fresh, notes, done=not is_open)
 
     def _take(self, block: Block, new: Decided) -> bool:
         """A step's decisions for one block; whether they changed nothing.
@@ -402,7 +441,10 @@ class Request(Generic[P]):
         fixed = block.given
         if not rules.whole_blocks and self.known > block.start:
             fixed = self.known - block.start
-        if tokens[:fixed] != before[:fixed] or now & ((1 << fixed) - 1):
+        same = tokens[:fixed] == before[:fixed] and not now & ((1 << fixed) - 1 | block.fixed)
+        if self.canvas:
+            same = same and all(tokens[i] == before[i] for i in range(self.block_size) if block.fixed >> i & 1)
+        if not same:
             raise IntegrityError(f"{self.rid}: a step changed a fixed position of the block at {block.start}")
         if not rules.reopens:
             if now & ~was:

@@ -7,7 +7,7 @@ for each algorithm; generate_blocks() moves the live blocks along.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sglang_llada.config import ALGORITHMS, SHOWN, DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
-from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate, quota
+from sglang_llada.llada2.reference import GIVEN, Generation, Llada2ForDiffusion, generate, last_given, quota
 
 CANDIDATES, TRIED, SEEN = 5, 4, 64  # what is looked at and remembered; see LevenshteinBlock
 
@@ -28,7 +28,7 @@ class LiveBlock(Protocol):
     """A block while it is worked on: its tokens, which are open, of each its step (from 1) and its probability then."""
 
     ids: list[int]
-    given: int
+    fixed: list[bool]  # which are given
     notes: list[tuple[int, float]]
     edited: bool  # whether decided positions may change too
     gaps: list[float]  # of the last step: how far decisions were from going the other way
@@ -75,14 +75,16 @@ def generate_as(
     max_new_tokens: int,
     facts: CheckpointFacts,
     wishes: Wishes | None = None,
+    canvas: Sequence[int | None] = (),
 ) -> Generation:
-    """The reference of whatever the parameters ask for."""
+    """The reference of whatever the parameters ask for; a canvas (see generate) not of what inserts and deletes."""
     values = {p.name: getattr(params, p.name) for p in ALGORITHMS[params.algorithm] if p.name not in SHOWN}
     names = {"window", "live_blocks", "next_block_share"} & values.keys()
     window: dict[str, Any] = {name: values.pop(name) for name in names}
     if params.algorithm == "threshold" and params.live_blocks == 1 and params.sampling is None and wishes is None:
-        return generate(model, prompt_ids, max_new_tokens, mask_id=facts.mask_id, stop_ids=facts.stop_ids, **values)
-    window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids, "wishes": wishes}
+        values |= {"mask_id": facts.mask_id, "stop_ids": facts.stop_ids, "canvas": canvas}
+        return generate(model, prompt_ids, max_new_tokens, **values)
+    window |= {"max_nfe": values.pop("max_nfe"), "stop_ids": facts.stop_ids, "wishes": wishes, "canvas": canvas}
     window["penalty_lambda"] = values.pop("penalty_lambda", 0.0)
     if params.sampling is not None:
         window |= {"sampling": params.sampling, "mask_id": facts.mask_id}
@@ -94,7 +96,7 @@ def generate_as(
     }[params.algorithm]
     ids = (facts.mask_id, facts.delete_id, facts.split_id) if params.algorithm == "levenshtein" else (facts.mask_id,)
 
-    def fresh(given: list[int]) -> LiveBlock:
+    def fresh(given: Sequence[int | None]) -> LiveBlock:
         return kind(given, params.block_size, *ids, **values)
 
     return generate_blocks(model, prompt_ids, max_new_tokens, fresh, **window)
@@ -105,7 +107,7 @@ def generate_blocks(
     model: Llada2ForDiffusion,
     prompt_ids: list[int],
     max_new_tokens: int,
-    fresh: Callable[[list[int]], LiveBlock],
+    fresh: Callable[[Sequence[int | None]], LiveBlock],
     *,
     whole_blocks: bool,
     stop_ids: Iterable[int] = (),
@@ -117,6 +119,7 @@ def generate_blocks(
     mask_id: int = -1,
     wishes: Wishes | None = None,
     penalty_lambda: float = 0.0,
+    canvas: Sequence[int | None] = (),
 ) -> Generation:
     """Decode with a window of live blocks, all of which see one another's tokens as they stand.
 
@@ -133,13 +136,17 @@ def generate_blocks(
     *   The next block begins, if fewer than `live_blocks` are live from the first one on that is not done, and the last
         of them is done or has fewer open positions than `next_block_share` of it; not if a stop token has been decided
         in a live block, or if nothing of it would count.
+    *   If a canvas gives all of that block, it is done at once, and all of this is done once more.
     """
     size, stops = model.config.block_size, frozenset(stop_ids)
+    wanted, stops_from = [*prompt_ids, *canvas], len(prompt_ids) + last_given(canvas)
     start = len(prompt_ids) // size * size
-    live, done, gone = [fresh(prompt_ids[start:])], [False], prompt_ids[:start]
-    gone_notes = [(0, 0.0)] * start
+    live, gone, gone_notes = [fresh(wanted[start : start + size])], prompt_ids[:start], [GIVEN] * start
+    done = [all(live[0].fixed)]
+    given = done[0]  # whether the last live block has just begun, and takes no step
     out = Generation([], "length", 0)
-    while max_new_tokens:
+
+    def step() -> None:
         logits = model.block_causal(gone + [token for block in live for token in block.ids])[len(gone) :]
         out.forwards += 1
         for i, block in enumerate(live if penalty_lambda else []):
@@ -150,7 +157,8 @@ def generate_blocks(
             first = max(len(prompt_ids) - len(gone), 0)
             known = [*gone[len(prompt_ids) :], *stands[first:]]
             for at in range(first, len(stands)):
-                if stands[at] is None or live[at // size].edited:
+                block, here = live[at // size], at % size
+                if may_change(block, here):
                     index = len(gone) + at - len(prompt_ids)
                     others = [token for i, token in enumerate(known) if token is not None and i != index]
                     logits[at] = torch.tensor(wishes.changed(logits[at].tolist(), index, others))
@@ -160,8 +168,8 @@ def generate_blocks(
         narrow = [1.0]
         for i, block in enumerate(live):
             mine = scores[i * size : (i + 1) * size]
-            for at in range(block.given, size):
-                if sampling is not None and (block.open[at] or block.edited):
+            for at in range(size):
+                if sampling is not None and may_change(block, at):
                     here = i * size + at
                     noise = uniform(sampling.seed, len(gone) + here, out.forwards - 1)
                     one, gap = drawn(logits[here], mask_id, sampling, noise)
@@ -173,14 +181,18 @@ def generate_blocks(
                 done[i] = block.step(mine)
         out.margins.append(min([gap for block in live for gap in block.gaps] + narrow))
 
-        spent = out.forwards == max_nfe
+    while max_new_tokens:
+        if not given:
+            step()
+        spent = 0 < max_nfe == out.forwards
         leading = (done + [False]).index(False)
         counts = live[:leading] if whole_blocks and not spent else live
         is_open = [hole for block in counts for hole in block.open] + [True]
         tokens = gone + [token for block in counts for token in block.ids][: is_open.index(True)]
         notes = gone_notes + [note for block in counts for note in block.notes]
         answer = tokens[len(prompt_ids) :][:max_new_tokens]
-        end = next((i + 1 for i, token in enumerate(answer) if token in stops), None)
+        ends = (i + 1 for i, token in enumerate(answer) if token in stops and len(prompt_ids) + i >= stops_from)
+        end = next(ends, None)
         if end is not None or len(answer) == max_new_tokens or spent:
             out.token_ids = answer[:end]
             out.notes = notes[len(prompt_ids) :][: len(out.token_ids)]
@@ -192,19 +204,26 @@ def generate_blocks(
             done.pop(0)
             gone, gone_notes = gone + block.ids, gone_notes + block.notes
         limit = len(prompt_ids) + max_new_tokens
-        given = max(len(prompt_ids) - len(gone), 0)
-        decided = [token for block in live for token, hole in zip(block.ids, block.open, strict=True) if not hole][
-            given:
-        ]
+        standing = [(token, hole) for block in live for token, hole in zip(block.ids, block.open, strict=True)]
+        counting = standing[max(stops_from - len(gone), 0) :]
         if not live or (
             len(live) - leading < live_blocks
             and (done[-1] or sum(live[-1].open) < next_block_share * size)
             and len(gone) + len(live) * size < limit
-            and stops.isdisjoint(decided)
+            and stops.isdisjoint(token for token, hole in counting if not hole)
         ):
-            live.append(fresh([]))
-            done.append(False)
+            start = len(gone) + len(live) * size
+            live.append(fresh(wanted[start : start + size]))
+            done.append(all(live[-1].fixed))
+            given = done[-1]
+        else:
+            given = False
     return out
+
+
+def may_change(block: LiveBlock, at: int) -> bool:
+    """Whether a step may put a token there."""
+    return block.open[at] or (block.edited and not block.fixed[at])
 
 
 def drawn(logits: Tensor, mask_id: int, how: Sampling, noise: float) -> tuple[tuple[int, float], float]:
@@ -261,12 +280,14 @@ class ThresholdBlock:
 
     edited = False
 
-    def __init__(self, given: list[int], size: int, mask_id: int, *, threshold: float, steps: int) -> None:
-        self.given, self.size, self.mask_id = len(given), size, mask_id
+    def __init__(self, given: Sequence[int | None], size: int, mask_id: int, *, threshold: float, steps: int) -> None:
+        stands = [*given, *[None] * (size - len(given))]
+        self.size, self.mask_id = size, mask_id
         self.threshold, self.steps = threshold, steps
-        self.ids = given + [mask_id] * (size - len(given))
-        self.open = [i >= self.given for i in range(size)]
-        self.notes = [(0, 0.0)] * size
+        self.ids = [mask_id if token is None else token for token in stands]
+        self.open = [token is None for token in stands]
+        self.fixed = [token is not None for token in stands]
+        self.notes = [GIVEN] * size
         self.step_index = 0
         self.gaps: list[float] = []
 
@@ -295,7 +316,7 @@ class JointBlock:
     """A block under the editing decode of LLaDA2.1.
 
     A step decides every open position with probability > threshold, or the most confident one, and replaces every
-    decided position, the prompt's excepted, whose best token is another one with probability > edit_threshold. Steps
+    decided position, given ones excepted, whose best token is another one with probability > edit_threshold. Steps
     that begin with nothing open are counted; the block is done when one changes nothing, or when nothing is open and
     max_post_edit_steps have been made. Once done it is still edited, as long as it is live.
     """
@@ -304,7 +325,7 @@ class JointBlock:
 
     def __init__(
         self,
-        given: list[int],
+        given: Sequence[int | None],
         size: int,
         mask_id: int,
         *,
@@ -312,11 +333,13 @@ class JointBlock:
         edit_threshold: float,
         max_post_edit_steps: int,
     ) -> None:
-        self.given, self.size, self.mask_id = len(given), size, mask_id
+        stands = [*given, *[None] * (size - len(given))]
+        self.size, self.mask_id = size, mask_id
         self.threshold, self.edit_threshold, self.budget = threshold, edit_threshold, max_post_edit_steps
-        self.ids = given + [mask_id] * (size - len(given))
-        self.open = [i >= self.given for i in range(size)]
-        self.notes = [(0, 0.0)] * size
+        self.ids = [mask_id if token is None else token for token in stands]
+        self.open = [token is None for token in stands]
+        self.fixed = [token is not None for token in stands]
+        self.notes = [GIVEN] * size
         self.step_index = self.post_edit_steps = 0
         self.gaps: list[float] = []
 
@@ -336,7 +359,7 @@ class JointBlock:
             self.gaps.append(conf[order[0]] - conf[order[1]])
         if not order:
             self.post_edit_steps += 1
-        decided = [i for i in range(self.given, self.size) if not self.open[i]]
+        decided = [i for i in range(self.size) if not self.open[i] and not self.fixed[i]]
         differ = [i for i in decided if token[i] != self.ids[i]]
         self.gaps += [logit_gap(allowed[i]) for i in decided]
         self.gaps += [edge(conf[i], self.edit_threshold) for i in differ]
@@ -367,7 +390,7 @@ class LevenshteinBlock:
 
     def __init__(
         self,
-        given: list[int],
+        given: Sequence[int | None],
         size: int,
         mask_id: int,
         delete_id: int,
@@ -379,11 +402,13 @@ class LevenshteinBlock:
         max_post_edit_steps: int = 16,
         cumulative_budget: bool = False,
     ) -> None:
-        self.given, self.size = len(given), size
+        prompt = [token for token in given if token is not None]
+        self.given, self.size = len(prompt), size
         self.mask_id, self.delete_id, self.split_id = mask_id, delete_id, split_id
         self.threshold, self.edit_threshold, self.steps = threshold, edit_threshold, steps or size
         self.budget, self.cumulative = max_post_edit_steps, cumulative_budget
-        self.ids = given + [mask_id] * (size - len(given))
+        self.ids = prompt + [mask_id] * (size - len(prompt))
+        self.fixed = [i < len(prompt) for i in range(size)]
         self.original = [True] * size
         self.notes = [(0, 0.0)] * size
         self.step_index = self.post_edit_steps = 0

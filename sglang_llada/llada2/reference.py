@@ -7,7 +7,7 @@ and walks over positions in Python. It is not meant to be fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -217,6 +217,14 @@ def quota(step: int, block_size: int, steps: int) -> int:
     return block_size // steps + (1 if step < block_size % steps else 0)
 
 
+GIVEN = (0, 1.0)  # the note on a token that the request brings: no step decided it
+
+
+def last_given(canvas: Sequence[int | None]) -> int:
+    """Where the last given token of a canvas stands; 0 if there is none."""
+    return max((i for i, token in enumerate(canvas) if token is not None), default=0)
+
+
 @torch.no_grad()
 def generate(
     model: Llada2ForDiffusion,
@@ -229,6 +237,7 @@ def generate(
     steps: int = 32,
     early_exit: bool = True,
     max_nfe: int = 0,
+    canvas: Sequence[int | None] = (),
 ) -> Generation:
     """Threshold decode of LLaDA2.0, greedy, one block of `config.block_size` after the other.
 
@@ -237,19 +246,25 @@ def generate(
     the lowest id; its probability is over the full vocabulary. The answer is complete, and no further step is made,
     as soon as a stop token or the last allowed token has been decided with nothing open before it; without early_exit
     not before nothing of its block is open. After max_nfe steps (if not 0) it ends before the first open position.
+
+    A canvas is an answer of which some tokens are given, None where open: given ones are fixed as a prompt's are, a
+    block without an open one takes no step, and stop tokens count from the last given position on.
     """
     size, stops = model.config.block_size, frozenset(stop_ids)
-    known = list(prompt_ids)
-    limit = len(prompt_ids) + max_new_tokens
+    known, wanted = list(prompt_ids), [*prompt_ids, *canvas]
+    limit, stops_from = len(prompt_ids) + max_new_tokens, last_given(canvas)
     out = Generation([], "length", 0)
     while len(known) < limit:
         start = len(known) // size * size
-        first = len(known) - start  # positions of this block that are given
-        block = known[start:] + [mask_id] * (size - first)
-        is_open = [i >= first for i in range(size)]
-        notes = [(0, 0.0)] * size
+        first = len(known) - start  # positions of this block that are the prompt's
+        stands = (wanted[start : start + size] + [None] * size)[:size]
+        block = [mask_id if token is None else token for token in stands]
+        is_open = [token is None for token in stands]
+        notes = [GIVEN] * size
         end = None
         for step in range(steps):
+            if not any(is_open):
+                break
             logits = model.block_causal(known[:start] + block)[start:]
             out.forwards += 1
             probs = logits.softmax(-1)
@@ -264,13 +279,13 @@ def generate(
             out.margins.append(_margin(logits, conf, candidates, chosen, order, threshold))
             for i in chosen:
                 block[i], is_open[i], notes[i] = best[i], False, (step + 1, conf[i])
-            end = _answer_end(block, is_open, first, limit - start, stops)
-            if (end is not None and early_exit) or not any(is_open) or out.forwards == max_nfe:
+            end = _answer_end(block, is_open, first, limit - start, stops, len(prompt_ids) + stops_from - start)
+            if (end is not None and early_exit) or out.forwards == max_nfe:
                 break
-        if _take(out, block[first:], is_open[first:], notes[first:], max_new_tokens, stops):
+        if _take(out, block[first:], is_open[first:], notes[first:], max_new_tokens, stops, stops_from):
             break
         known = list(prompt_ids) + out.token_ids
-        if out.forwards == max_nfe:
+        if 0 < max_nfe == out.forwards:
             break
     return out
 
@@ -282,6 +297,7 @@ def _take(
     notes: list[tuple[int, float]],
     limit: int,
     stops: frozenset[int],
+    stops_from: int,
 ) -> bool:
     """Add a block's tokens up to the first open one, to the first stop token or to the limit; whether it is stopped."""
     for token, is_hole, note in zip(tokens, is_open, notes, strict=True):
@@ -289,18 +305,20 @@ def _take(
             break
         out.token_ids.append(token)
         out.notes.append(note)
-        if token in stops:
+        if token in stops and len(out.token_ids) > stops_from:
             out.finish = "stop"
             return True
     return False
 
 
-def _answer_end(block: list[int], is_open: list[bool], first: int, limit: int, stops: frozenset[int]) -> int | None:
+def _answer_end(
+    block: list[int], is_open: list[bool], first: int, limit: int, stops: frozenset[int], stops_from: int
+) -> int | None:
     """End (exclusive) of the answer within the block if it is complete: nothing open up to a stop or the limit."""
     for i in range(first, len(block)):
         if is_open[i]:
             return None
-        if block[i] in stops or i + 1 == limit:
+        if (block[i] in stops and i >= stops_from) or i + 1 == limit:
             return i + 1
     return None
 

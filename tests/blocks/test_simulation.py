@@ -34,10 +34,28 @@ def expected(request: Request[None]) -> list[int]:
     """The answer that a request must get, whatever happens around it."""
     out: list[int] = []
     while len(out) < request.max_new_tokens:
-        out.append(answer(request.rid, len(request.prompt) + len(out)))
-        if out[-1] in request.stop_ids:
+        out.append(right(request, len(request.prompt) + len(out)))
+        if out[-1] in request.stop_ids and len(request.prompt) + len(out) > request.stops_from:
             break
     return out
+
+
+def right(request: Request[None], position: int) -> int:
+    """The token of an answer's position: what a canvas gives, or the model's."""
+    at = position - len(request.prompt)
+    given = request.canvas[at] if at < len(request.canvas) else None
+    return answer(request.rid, position) if given is None else given
+
+
+def some_canvas(rng: random.Random, rules: Rules) -> list[int | None]:
+    """Mostly none; else runs of given tokens and of open positions, of which there is one at least."""
+    if rules.reopens or rng.random() < 0.5:
+        return []
+    runs = [[rng.random() < 0.6] * rng.choice([1, 2, 5, 13]) for _ in range(rng.randint(1, 6))]
+    given = [each for run in runs for each in run]
+    given[rng.randrange(len(given))] = False
+    canvas = [rng.randrange(1, VOCAB) if each else None for each in given]
+    return canvas if None in canvas[: max((i for i, token in enumerate(canvas) if token), default=len(canvas))] else []
 
 
 def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
@@ -48,24 +66,22 @@ def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
     """
     out = []
     for block in request.blocks:
-        right = [
-            token if i < block.given else answer(request.rid, block.start + i) for i, token in enumerate(block.tokens)
-        ]
+        truth = [token if i < block.given else right(request, block.start + i) for i, token in enumerate(block.tokens)]
         holes = [i for i in range(T) if block.open >> i & 1]
         tokens, still_open = list(block.tokens), [i in holes for i in range(T)]
         last = not block.done and request.rules.edits and block.steps + 2 >= STEPS
-        fixed = block.done and (request.rules.reopens or not request.rules.edits)
+        settled_for_good = block.done and (request.rules.reopens or not request.rules.edits)
         for i in holes if last else rng.sample(holes, rng.randint(min(1, len(holes)), len(holes))):
-            tokens[i], still_open[i] = right[i], False
+            tokens[i], still_open[i] = truth[i], False
             if request.rules.edits and not last and rng.random() < 0.3:
                 tokens[i] = rng.randrange(VOCAB)
-        if request.rules.edits and not fixed:
-            for i in range(block.given, T):
+        if request.rules.edits and not settled_for_good:
+            for i in [i for i in range(T) if not block.fixed >> i & 1]:
                 if i not in holes and (last or block.done or rng.random() < 0.5):
-                    tokens[i] = right[i]
+                    tokens[i] = truth[i]
                 elif i not in holes and request.rules.reopens and rng.random() < 0.1:
                     tokens[i], still_open[i] = MASK, True
-        settled = not request.rules.edits or (tokens == right and rng.random() < 0.5)
+        settled = not request.rules.edits or (tokens == truth and rng.random() < 0.5)
         out.append(Decided(tokens, set_of(still_open), block.done or (not any(still_open) and (settled or last))))
     return out
 
@@ -112,7 +128,9 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
                 prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3, 4, 5, 8, 17, 40]))]
                 stops = frozenset({EOS}) if rng.random() < 0.8 else frozenset()
                 limit, rules = rng.choice([0, 1, 4, 7, 30]), rng.choice(RULES)
-                table.add(Request(rid, prompt, limit, stops, None, T, MASK, rules=rules))
+                canvas = some_canvas(rng, rules)
+                limit = len(canvas) or limit
+                table.add(Request(rid, prompt, limit, stops, None, T, MASK, canvas, rules=rules))
                 waiting.append(rid)
                 born[rid] = turn  # time-outs count from here
         for request in list(table):  # aborts at any moment, and time-outs

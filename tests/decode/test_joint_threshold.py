@@ -50,7 +50,8 @@ def test_random_rows_equal_the_rule_and_do_not_depend_on_their_neighbours() -> N
     for r in range(rows):
         i, o, e, t, p, _, d, a, ea, b = (x[r] for x in lists)
         block = JointBlock([], T, MASK, threshold=a, edit_threshold=ea, max_post_edit_steps=b)
-        block.given, block.ids, block.open, block.post_edit_steps = T - sum(o) - sum(e), i, o, d
+        block.fixed = [not (x or y) for x, y in zip(o, e, strict=True)]
+        block.ids, block.open, block.post_edit_steps = i, o, d
         done = block.step([[best, best] for best in zip(t, p, strict=True)])
         want = (block.ids, block.open, block.post_edit_steps, done)
         assert (out.ids[r].tolist(), out.open[r].tolist(), int(out.state.edits[r]), bool(out.done[r])) == want

@@ -65,7 +65,7 @@ def decoded(prompt: list[int], rules: Rules, new: int) -> list[int]:
     request.admit(request.live_from)
     while request.phase is not Phase.DONE:
         (block,) = request.blocks
-        editable = (1 << T) - (1 << block.given) if rules.edits else 0
+        editable = (1 << T) - 1 ^ block.fixed if rules.edits else 0
         context = tuple((prompt + request.output)[: block.start])
         made = model(context, block.tokens, block.open, editable & ~block.open, block.state[1])
         request.decide([Decided(made.tokens, made.open, made.done, [block.state[0] + 1, made.edits])])

@@ -55,6 +55,9 @@ SAMPLING: dict[str, list[Any]] = {
         {"stream_mode": "denoise"},
         {"max_nfe": 2},
         {"early_exit": False},
+        {"algorithm": "threshold", "canvas": [None, "is", None, 22, *[None] * 40, ".", None]},
+        {"algorithm": "mbe", "canvas": [*[70] * 40, *[None] * 3, *[71] * 70, None]},
+        {"canvas": [5, 6]},
         {"algorithm": "levenshtein"},
         {"window": 2},
         {"threshold": "high"},
@@ -110,8 +113,9 @@ def is_valid(body: dict[str, Any], answer: Any) -> bool:
     """Whether an answer of /generate has what was asked for."""
     copies = answer if isinstance(answer, list) else [answer]
     sampling = body["sampling_params"]
+    most = 200 if "canvas" in sampling.get("custom_params", {}) else sampling["max_new_tokens"]
     return len(copies) == sampling.get("n", 1) and all(
-        len(each["output_ids"]) == each["meta_info"]["completion_tokens"] <= sampling["max_new_tokens"]
+        len(each["output_ids"]) == each["meta_info"]["completion_tokens"] <= most
         and each["meta_info"]["finish_reason"]["type"] in ("stop", "length")
         and (
             not body.get("return_logprob") or len(each["meta_info"]["output_token_logprobs"]) == len(each["output_ids"])

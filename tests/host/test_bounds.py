@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_llada.host.requests import bounds
-from sglang_llada.host.requests.bounds import BOUNDS, OF, REQUEST, SAMPLING, SESSION, Bound, Limits
+from sglang_llada.host.requests.bounds import BOUNDS, CUSTOM, OF, REQUEST, SAMPLING, SESSION, Bound, Limits
 from tests.host.serving import ROOT, Server, events
 
 pytestmark = pytest.mark.host
@@ -87,6 +87,11 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("custom_params", {"custom_params": {"max_nfe": 2**64}}),
     ("custom_params", {"custom_params": {"a": "b" * 10**6}}),
     ("custom_params", {"custom_params": {str(i): 1 for i in range(300_000)}}),
+    ("canvas", {"custom_params": {"canvas": "a"}}),
+    ("canvas", {"custom_params": {"canvas": [2**31, None]}}),
+    ("canvas", {"custom_params": {"canvas": [None, "a" * 300_000]}}),
+    ("canvas", {"custom_params": {"canvas": [None] * 40_000}}),
+    ("canvas", {"custom_params": {"canvas": [5, 6]}}),
     ("json_schema", {"json_schema": '{"items": ' * 101 + "{}" + "}" * 101}),
     ("json_schema", {"json_schema": "[" * 100_000 + "]" * 100_000}),
     ("structural_tag", {"structural_tag": '{"format": ' * 300 + "{}" + "}" * 300}),
@@ -159,6 +164,9 @@ def body_of(bound: Bound, value: Any) -> dict[str, Any]:
     """A request with this value, and what makes the server look at it."""
     if bound.where == SESSION:
         return PLAIN | {"session_params": {"id": "none", bound.name: value}}
+    if bound.where == CUSTOM:
+        sampling = PLAIN["sampling_params"] | {"custom_params": {"algorithm": "threshold", bound.name: value}}
+        return PLAIN | {"sampling_params": sampling}
     if bound.where == SAMPLING:
         more = {"temperature": 1} if bound.name in ("top_k", "top_p", "min_p", "sampling_seed") else {}
         return PLAIN | {

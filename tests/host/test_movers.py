@@ -242,13 +242,13 @@ def test_own_tokens_cannot_be_typed(facts: CheckpointFacts) -> None:
 
 def test_own_tokens_in_prompts_are_named_with_their_place() -> None:
     facts = CheckpointFacts(32, 2, frozenset(), 402, 400, 401)
-    assert no_text([5, 7], 402, facts) is None
+    assert no_text("input_ids", [5, 7], 402, facts) is None
     for token, name in ((2, "the mask"), (400, "DELETE"), (401, "SPLIT")):
         said = f"input_ids holds {token} at position 1, which is {name}; allowed: tokens of a text"
-        assert no_text([5, token], 402, facts) == said
+        assert no_text("input_ids", [5, token], 402, facts) == said
     for token in (-1, 402):
-        assert no_text([token], 402, facts) == f"input_ids holds {token} at position 0; allowed: 0 to 401"
-    assert no_text([400], 402, CheckpointFacts(32, 2, frozenset(), 402)) is None
+        assert no_text("input_ids", [token], 402, facts) == f"input_ids holds {token} at position 0; allowed: 0 to 401"
+    assert no_text("input_ids", [400], 402, CheckpointFacts(32, 2, frozenset(), 402)) is None
 
 
 def test_a_typed_mask_is_text_everywhere(server: Server, facts: CheckpointFacts) -> None:

@@ -130,6 +130,7 @@ class Question:
     ignore_eos: bool = False
     sampling: Sampling | None = None
     wishes: Wishes | None = None
+    canvas: tuple[int | None, ...] = ()
 
 
 def answers(questions: list[Question]) -> list[Case]:
@@ -150,7 +151,8 @@ def answer(question: Question) -> Case:
     params = DecodeConfig.defaults(facts.block_size, "levenshtein", indel=True).replaced(question.custom_params)
     params = replace(params, sampling=question.sampling)
     facts = replace(facts, stop_ids=frozenset()) if question.ignore_eos else facts
-    said = generate_as(params, model, question.prompt, question.new_tokens, facts, question.wishes)
+    wanted = (question.new_tokens, facts, question.wishes, question.canvas)
+    said = generate_as(params, model, question.prompt, *wanted)
     return Case(question.prompt, said)
 
 

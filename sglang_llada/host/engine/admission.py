@@ -66,6 +66,8 @@ class Admission:
             req.wishes = wishes_of(req, self.defaults, self.vocabulary, self.facts)
         except ConfigError as error:
             return str(error)
+        if req.wishes.canvas:  # in which stop tokens count from the last given one on, as the blocks know
+            req.sampling_params.ignore_eos = True
         params = req.sampling_params  # the whole answer, searched after every step, is quadratic work
         params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TAIL)
         return None
@@ -162,6 +164,9 @@ class Admission:
             except Exception as error:
                 self.failures.note(req.rid, error)
         admitted = [self.table[req.rid] for req in reqs if req.rid not in self.failures]
+        for request in admitted:  # what a canvas gives before its first open position needs no step
+            if len(request.output) > len(self.pages.reqs[request.rid].output_ids):
+                self.booking.pipeline.decided.append(request)
         self.pages.ensure({request.rid: request.live_to for request in admitted})
         set_time_batch(reqs, "set_forward_entry_time")
 
@@ -177,6 +182,9 @@ class Admission:
         wishes = req.wishes
         shaping = shaping_of(req, wishes, self.vocabulary, self.facts.own_tokens)
         params = replace(wishes.params, report=report_of(req))
+        room = req.sampling_params.max_new_tokens
+        if room < len(wishes.canvas):
+            raise ConfigError(f"canvas has {len(wishes.canvas)} positions; allowed: {room} behind this prompt")
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -203,6 +211,7 @@ class Admission:
             ),
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,
+            canvas=wishes.canvas,
         )
 
     def _preempt_for(self, req: Any) -> bool:

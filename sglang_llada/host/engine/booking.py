@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, FINISH_MATCHED_TOKEN
 
 from sglang_llada.blocks import Ending, Phase, Table
 from sglang_llada.errors import ConfigError, IntegrityError
@@ -89,6 +89,8 @@ class Booking:
             req.update_finish_state(new)
             if not marked and isinstance(req.finished_reason, FINISH_ABORT):  # the search of its text took too long
                 raise ConfigError(req.finished_reason.message)
+        if request.canvas and request.ending is Ending.STOP and isinstance(req.finished_reason, FINISH_LENGTH | None):
+            req.finished_reason = FINISH_MATCHED_TOKEN(matched=request.output[-1])  # which the host does not look for
         if request.ending is Ending.LENGTH and not req.finished():  # max_nfe, or no token was asked for
             req.to_finish = FINISH_LENGTH(len(req.output_ids))
             req.update_finish_state(0)

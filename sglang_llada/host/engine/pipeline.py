@@ -100,7 +100,7 @@ class Pipeline:
 
     def _note_sealed(self, request: Request[DecodeConfig]) -> None:
         """The first block was live in the step that is read, and is in the next one too: if it left, that sealed it."""
-        if request.phase is Phase.DECODING and request.filled < request.live_from:
+        if request.phase is not Phase.DONE and request.filled < request.live_from:
             request.fill(1)
 
     @property

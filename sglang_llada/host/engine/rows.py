@@ -194,7 +194,7 @@ def may_edit(request: Request[DecodeConfig], block: Block) -> int:
     """The set of positions of a live block that a step may edit once they are decided."""
     if not request.rules.edits or (block.done and request.rules.reopens):
         return 0
-    return (1 << request.block_size) - (1 << block.given)
+    return (1 << request.block_size) - 1 ^ block.fixed
 
 
 @cache

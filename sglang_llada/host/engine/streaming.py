@@ -103,13 +103,16 @@ def traced(req: Any, request: Request[DecodeConfig] | None) -> list[Note]:
     """Notes on the tokens since the last output, of a request that asked for them; none on what a stop cuts off."""
     if request is None or not request.params.trace:
         return []
-    return request.report_notes(len(req.output_ids_through_stop))
+    return [note or GIVEN for note in request.report_notes(len(req.output_ids_through_stop))]
 
 
-def book_logprobs(req: Any, tokens: list[int], notes: list[Note]) -> None:
+GIVEN = Note(0, 1.0, [0.0])  # on a token that a canvas gives: no step decided it
+
+
+def book_logprobs(req: Any, tokens: list[int], notes: list[Note | None]) -> None:
     """Append to a host request the log-probabilities of its new tokens, in the host's shape."""
     out = req.logprob
-    rows = [note.report or [] for note in notes]
+    rows = [(note or GIVEN).report or [] for note in notes]
     out.output_token_logprobs_val += [row[0] for row in rows]
     out.output_token_logprobs_idx += tokens
     if out.top_logprobs_num > 0:
@@ -118,7 +121,7 @@ def book_logprobs(req: Any, tokens: list[int], notes: list[Note]) -> None:
         out.output_top_logprobs_idx += ids
     if out.token_ids_logprob is not None:
         out.output_token_ids_logprobs_val += [row[1 + 2 * out.top_logprobs_num :] for row in rows]
-        out.output_token_ids_logprobs_idx += [list(out.token_ids_logprob) for _ in rows]
+        out.output_token_ids_logprobs_idx += [list(out.token_ids_logprob) if len(row) > 1 else [] for row in rows]
 
 
 def book_prompt_logprobs(req: Any, request: Request[DecodeConfig]) -> None:

@@ -32,7 +32,8 @@ class Bound:
     """What is allowed of one field.
 
     Attributes:
-        where: "sampling_params", "session_params", or "request" for a field of the host's GenerateReqInput.
+        where: "sampling_params", "custom_params", "session_params", or "request" for a field of the host's
+            GenerateReqInput.
         kind: int, float, bool or str; a bool is no number, and an integer is a fine float.
         low: the least number, or the least length of a text.
         high: the largest.
@@ -40,6 +41,7 @@ class Bound:
         also: further values that are allowed.
         keys: of a mapping, what is allowed of its keys.
         levels: of a text that is JSON, how deep its lists and mappings may stand in one another.
+        texts: of a list of numbers, the most characters of the texts that may stand among them, all together.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Bound:
     also: tuple[Any, ...] = ()
     keys: Bound | None = None
     levels: int | None = None
+    texts: Edge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ NAME, SOURCE = 512, 2**18  # characters of an identifier, and of a grammar or of
 LEVELS = 100  # a grammar of three hundred takes ten seconds to compile
 SMALL = 1e-5  # what fp32 divides by without running out of range
 
-SAMPLING, REQUEST, SESSION = "sampling_params", "request", "session_params"
+SAMPLING, CUSTOM, REQUEST, SESSION = "sampling_params", "custom_params", "request", "session_params"
 BOUNDS: tuple[Bound, ...] = (
     Bound("max_new_tokens", SAMPLING, int, 0, INT64),
     Bound("min_new_tokens", SAMPLING, int, 0, INT64),
@@ -117,6 +120,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("spaces_between_special_tokens", SAMPLING, bool),
     Bound("no_stop_trim", SAMPLING, bool),
     Bound("ebnf_full_assistant", SAMPLING, bool),
+    Bound("canvas", CUSTOM, int, 0, Edge.VOCABULARY, most=Edge.CONTEXT, also=(None,), texts=Edge.TEXT),
     Bound("text", REQUEST, str, 0, Edge.TEXT),
     Bound("input_ids", REQUEST, int, 0, Edge.VOCABULARY, most=Edge.TEXT),
     Bound("rid", REQUEST, str, 1, NAME),
@@ -149,7 +153,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("replace", SESSION, bool),
     Bound("drop_previous_output", SESSION, bool),
 )
-OF = {where: {b.name: b for b in BOUNDS if b.where == where} for where in (SAMPLING, REQUEST, SESSION)}
+OF = {where: {b.name: b for b in BOUNDS if b.where == where} for where in (SAMPLING, CUSTOM, REQUEST, SESSION)}
 
 # Fields of the host's GenerateReqInput of which no value is taken, and why. They are refused here since some of them
 # would not survive the way to the scheduler.
@@ -168,7 +172,7 @@ REFUSED = {
     "lora_id": "LoRA adapters are not supported",
 }
 
-# custom_params are a decode's or a processor's own: only their form and size are looked at here.
+# Others of custom_params are a decode's or a processor's own: only their form and size are looked at here.
 ALSO_SAMPLING = ("custom_params", "watermark")
 CUSTOM_PARAMS = get_type_hints(SamplingParams)["custom_params"]  # scalars, and lists and mappings of them
 CUSTOM_NUMBER = Bound("custom_params", SAMPLING, int, -INT64 - 1, INT64)
@@ -308,6 +312,11 @@ def check_all(bound: Bound, values: Collection[Any], limits: Limits) -> None:
     plain = bound.kind is int and set(map(type, values)) == {int}  # a prompt's hundred thousand ids, without a loop
     if plain and bound.low <= min(values) and max(values) <= limits.of(bound.high):
         return
+    if bound.texts is not None:
+        texts = [one for one in values if isinstance(one, str)]
+        if (length := sum(map(len, texts))) > limits.of(bound.texts):
+            raise ValueError(f"{bound.name} has {length} characters; allowed: {described(bound, limits)}")
+        values = [None if isinstance(one, str) else one for one in values]
     for position, one in enumerate(values):
         if not allows(bound, one, limits):
             raise ValueError(
@@ -321,6 +330,8 @@ def check_custom(given: Any, limits: Limits) -> None:
         msgspec.convert(given, CUSTOM_PARAMS)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"custom_params is {shown(given)}: {error}") from None
+    for name, bound in OF[CUSTOM].items():
+        check_value((given or {}).get(name), bound, limits)
     leaves = list(leaves_of(given))
     if len(leaves) > MOST_CUSTOM:
         raise ValueError(f"custom_params has {len(leaves)} entries; allowed: at most {MOST_CUSTOM}")
@@ -347,6 +358,8 @@ def allows(bound: Bound, value: Any, limits: Limits) -> bool:
         return isinstance(value, bool)
     if bound.kind is str:
         return isinstance(value, str) and bound.low <= len(value) <= limits.of(bound.high)
+    if value is None:
+        return None in bound.also
     if isinstance(value, bool) or not isinstance(value, (int, float) if bound.kind is float else int):
         return False
     return value in bound.also or bound.low <= value <= limits.of(bound.high)
@@ -381,7 +394,8 @@ def allowed(bound: Bound, limits: Limits | None = None) -> str:
     high = high.value if isinstance(high, Edge) else number(high)
     words = f"{number(bound.low)} to {high}{' characters' if bound.kind is str else ''}"
     words += f" of JSON with at most {bound.levels} levels" if bound.levels is not None else ""
-    return " or ".join([*map(str, bound.also), words])
+    also = ["null" if value is None else str(value) for value in bound.also]
+    return " or ".join([*also, words, *(["a text"] if bound.texts is not None else [])])
 
 
 def described(bound: Bound, limits: Limits | None = None) -> str:
@@ -392,7 +406,10 @@ def described(bound: Bound, limits: Limits | None = None) -> str:
     most = most.value if isinstance(most, Edge) else most
     if bound.keys is not None:
         return f"at most {most} pairs of {allowed(bound.keys, limits)} and {allowed(bound, limits)}"
-    return f"at most {most} of {allowed(bound, limits)}"
+    texts = bound.texts if limits is None or bound.texts is None else limits.of(bound.texts)
+    texts = texts.value if isinstance(texts, Edge) else texts
+    words = "" if texts is None else f" of at most {texts} characters in all"
+    return f"at most {most} of {allowed(bound, limits)}{words}"
 
 
 def number(value: float | int) -> str:

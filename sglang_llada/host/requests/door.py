@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.facts import is_ours
-from sglang_llada.host.requests import bounds
+from sglang_llada.host.requests import bounds, canvas
 
 NO_SCORES = (
     "scores, ranks and decisions are not supported: they need the log-probability of what would come next, and LLaDA2 "
@@ -47,8 +47,8 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
     """Before the host looks at a request at all: what it cannot mean, or should not carry, is refused.
 
     Raises:
-        ValueError: see bounds.check(); or it is for embeddings, of which the host would say to start it with
-            --is-embedding.
+        ValueError: see bounds.check() and canvas.with_ids(); or it is for embeddings, of which the host would say to
+            start it with --is-embedding.
     """
     if not is_ours(manager.server_args):
         return
@@ -60,6 +60,7 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
         setattr(obj, name, getattr(type(obj), name))
     if manager.enable_metrics:
         check_labels(obj.custom_labels or {}, manager.server_args.tokenizer_metrics_allowed_custom_labels or [])
+    obj.sampling_params = canvas.with_ids(obj.sampling_params, manager.tokenizer)
     if obj.return_step_maps:
         obj.sampling_params = with_step_maps(obj.sampling_params, obj.return_step_maps)
 

@@ -7,7 +7,7 @@ its row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,13 +15,15 @@ from typing import Any
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB as ORIGINAL_LOGPROBS
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from sglang_llada.config import KEYS, DecodeConfig, Report, Sampling
+from sglang_llada.config import CANVAS, KEYS, DecodeConfig, Report, Sampling
 from sglang_llada.errors import ConfigError
 from sglang_llada.host import earlier
+from sglang_llada.host.requests.canvas import Canvas, check
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
 HOST_PARAMS = {*earlier.private_params(), "thinking_budget"}
+NO_PARAMETERS = {*HOST_PARAMS, CANVAS}  # of a decode
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 
@@ -52,42 +54,52 @@ class Wishes:
         ends: token ids that end a turn, as the host's own finish check sees them.
         stop_ids: those that end this request, which may ignore them.
         processor: its custom logit processor, or None.
+        canvas: its answer as far as it is given; empty if it says nothing of it.
     """
 
     params: DecodeConfig
     ends: frozenset[int]
     stop_ids: frozenset[int]
     processor: Any
+    canvas: Canvas
 
 
 def wishes_of(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> Wishes:
     """What a host request wants, whose numbers were held against host/requests/bounds.py.
 
     Raises:
-        ConfigError: it asks for what is not done here, its prompt is no text, or custom_params or the custom logit
-            processor are bad.
+        ConfigError: it asks for what is not done here, its prompt or its canvas is no text, or custom_params or the
+            custom logit processor are bad.
     """
     for refusal in REFUSALS:
         if refusal.asks(req, req.sampling_params):
             raise ConfigError(refusal.sentence.format(r=req, p=req.sampling_params))
-    if (reason := no_text(req.origin_input_ids, vocabulary, facts)) is not None:
-        raise ConfigError(reason)
+    given = (req.sampling_params.custom_params or {}).get(CANVAS)
+    canvas: Canvas = tuple(given or ())
+    for name, ids in (("input_ids", req.origin_input_ids), (CANVAS, canvas)):
+        if (reason := no_text(name, ids, vocabulary, facts)) is not None:
+            raise ConfigError(reason)
     processor, ends = processor_of(req), ends_of(req, vocabulary)
     params = decode_params(req, defaults, lenient=processor is not None)
-    return Wishes(params, ends, frozenset() if req.sampling_params.ignore_eos else ends, processor)
+    stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
+    if given is not None:
+        check(canvas, params, stop_ids, structured=is_structured(req.sampling_params))
+    return Wishes(params, ends, stop_ids, processor, canvas)
 
 
-def no_text(ids: list[int], vocabulary: int, facts: CheckpointFacts) -> str | None:
-    """The sentence about the first id of a prompt that is no token of a text; None if all are.
+def no_text(name: str, ids: Sequence[int | None], vocabulary: int, facts: CheckpointFacts) -> str | None:
+    """The sentence about the first id of a prompt or canvas that is no token of a text; None if all are.
 
     A tokenizer may have tokens that the model has no embedding for.
     """
     own = {facts.mask_id: "the mask", facts.delete_id: "DELETE", facts.split_id: "SPLIT"}
     for position, token in enumerate(ids):
+        if token is None:
+            continue
         if not 0 <= token < vocabulary:
-            return f"input_ids holds {token} at position {position}; allowed: 0 to {vocabulary - 1}"
+            return f"{name} holds {token} at position {position}; allowed: 0 to {vocabulary - 1}"
         if token in own:
-            return f"input_ids holds {token} at position {position}, which is {own[token]}; allowed: tokens of a text"
+            return f"{name} holds {token} at position {position}, which is {own[token]}; allowed: tokens of a text"
     return None
 
 
@@ -100,17 +112,22 @@ def decode_params(req: Any, defaults: DecodeConfig, *, lenient: bool) -> DecodeC
         lenient: whether keys that are not a decode's are a custom logit processor's.
     """
     params = req.sampling_params
-    custom = {key: value for key, value in (params.custom_params or {}).items() if key not in HOST_PARAMS}
+    custom = {key: value for key, value in (params.custom_params or {}).items() if key not in NO_PARAMETERS}
     if lenient:
         custom = {key: value for key, value in custom.items() if key in KEYS}
     decode = defaults.replaced(custom)
-    if any((params.json_schema, params.regex, params.ebnf, params.structural_tag)):
+    if is_structured(params):
         decode = decode.from_left_to_right
     if params.top_k == TOP_K_GREEDY:
         return decode
     seed = seed_of(req.rid) if params.sampling_seed is None else params.sampling_seed
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.min_p, signed(seed))
     return replace(decode, sampling=sampling)
+
+
+def is_structured(params: Any) -> bool:
+    """Whether sampling parameters ask for structured output."""
+    return any((params.json_schema, params.regex, params.ebnf, params.structural_tag))
 
 
 def processor_of(req: Any) -> Any:

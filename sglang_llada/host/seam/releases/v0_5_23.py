@@ -383,6 +383,8 @@ SEAMS: tuple[Seam, ...] = (
          "ends a request with an error", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:FINISH_LENGTH.__init__", Kind.USE, "(self, length)",
          "ends a request whose steps are spent", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:FINISH_MATCHED_TOKEN.__init__", Kind.USE, "(self, matched)",
+         "ends a request at a stop token of a canvas", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:ScheduleBatch._get_decode_retraction_order", Kind.USE, "(reqs)",
          "whom to retract when the pool is full", OWN_SCHEDULER),
     *fields("sglang.srt.managers.schedule_batch:ScheduleBatch",
@@ -392,6 +394,8 @@ SEAMS: tuple[Seam, ...] = (
          "(*, req, remaing_req_count, req_to_token_pool, token_to_kv_pool_allocator, tree_cache, "
          "hisparse_coordinator, offload_kv)",
          "takes the KV of a retracted request", OWN_SCHEDULER),
+    Seam("sglang.srt.managers.schedule_batch:Req.reset_for_retract", Kind.USE, "(self)",
+         "the same of one that has no page yet", OWN_SCHEDULER),
     Seam("sglang.srt.managers.schedule_batch:Req.update_finish_state", Kind.USE, "(self, new_accepted_len)",
          "the host judges an end, and new tokens that may have stop strings: stop ids, stop strings, length",
          OWN_SCHEDULER),
