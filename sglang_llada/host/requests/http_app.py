@@ -4,6 +4,8 @@ from sglang.srt.plugins import load_plugins
 
 load_plugins()
 
-from sglang.srt.entrypoints.http_server import app  # noqa: E402  (it looks up what the plugins replace)
+from sglang.srt.entrypoints import http_server  # noqa: E402  (it looks up what the plugins replace)
 
-__all__ = ["app"]
+from sglang_llada.host.requests.draining import Drain  # noqa: E402
+
+app = Drain(http_server.app, http_server.app)

@@ -42,6 +42,7 @@ def install(mode: Mode) -> None:
         hook_model_class()
         hook_sampling_defaults()
         hook_door()
+        hook_shutdown()
         bound_stops()
         hook_profiles()
         widen_rows()
@@ -173,6 +174,17 @@ def hook_door() -> None:
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+
+
+def hook_shutdown() -> None:
+    """A server that is told to end answers what it has, and refuses the rest."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.requests import draining
+
+    HookRegistry.register("sglang.srt.utils.auth.add_api_key_middleware", draining.add_to_app, HookType.AFTER)
+    watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
+    HookRegistry.register(watchdog, draining.end_drained, HookType.AROUND)
 
 
 def bound_stops() -> None:

@@ -21,6 +21,7 @@ OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
 PROFILES = "the host goes on after a profile that fails"
 BOUNDED = "the host bounds every field of a request before it uses it"
+DRAINS = "the host refuses new requests while it shuts down, and waits for its answers to be written"
 ENGINE_GENERATE = (
     "(self, prompt, sampling_params, input_ids, image_data, audio_data, video_data, mm_hashes, "
     "mm_content_hashes, return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, "
@@ -100,6 +101,17 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
          Kind.HOOK, "async (self, obj, request)",
          "refuses what no request may carry, and embeddings", BOUNDED),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.sigterm_watchdog", Kind.HOOK, "async (self)",
+         "ends with answers half read, and never under load", DRAINS),
+    Seam("sglang.srt.utils.auth:add_api_key_middleware", Kind.HOOK, "(app, *, api_key, admin_api_key)",
+         "gets the host's app before it starts, where new requests are refused", DRAINS),
+    *fields("sglang.srt.managers.tokenizer_manager:TokenizerManager",
+            "gracefully_exit server_status tokenizer_ipc_name",
+            "whether the server was told to end, or hangs, or has several HTTP processes", DRAINS),
+    Seam("sglang.srt.managers.tokenizer_manager:ServerStatus", Kind.USE, CLASS,
+         "whether the server hangs", DRAINS),
+    Seam("sglang.srt.utils.common:get_bool_env_var", Kind.USE, "(name, default)",
+         "whether to end without waiting", DRAINS),
     Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
          Kind.HOOK, "(self, obj, input_ids)",
          "refuses more log-probabilities of a prompt than others can wait for", BOUNDED),
