@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, curves, roofline
+from bench import alternatives, compare, curves, roofline
 
 
 def write(folder: Path, name: str, **changes: Any) -> str:
@@ -50,3 +50,11 @@ def test_the_model_of_a_step_meets_published_speeds(published: tuple[Any, ...]) 
     _, name, device, *rest, said = published
     got = roofline.speed(roofline.MODELS[name], roofline.DEVICES[device], *rest)
     assert 1 / 1.75 < got / said < 1.75
+
+
+def test_the_page_of_refusals_has_the_figures_of_the_model() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "refusals.md").read_text(encoding="utf-8")
+    for table in (alternatives.pipeline, alternatives.prompts):
+        for requests in alternatives.REQUESTS:
+            cells = [str(requests), *(f"{took:.1f}" for took in table(requests).values())]
+            assert f"| {' | '.join(cells)} |" in page

@@ -22,6 +22,7 @@ from sglang_llada.llada2.config import Llada2Config
 
 pytestmark = pytest.mark.host
 
+ROOT = Path(__file__).parents[2]
 T, MASK = 8, 77  # of the checkpoint below; the host's table says 32 and 156895
 FACTS = CheckpointFacts(T, MASK, frozenset(), 100)
 
@@ -392,6 +393,13 @@ def one_http_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_refusal_is_tested(arguments: Any) -> None:
     assert set(ASKING) == {refusal.option for refusal in arguments.REFUSALS}
+
+
+def test_the_page_of_refusals_has_each_with_what_to_use_instead(arguments: Any) -> None:
+    page = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8").replace("`", "")
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in page.partition("\n## ")[0].splitlines()]
+    wanted = [(refusal.option, refusal.instead) for refusal in arguments.REFUSALS]
+    assert [(option, instead) for option, instead, why in (row for row in rows if len(row) == 3)][2:] == wanted
 
 
 @pytest.mark.parametrize("option", ASKING)

@@ -55,37 +55,58 @@ OTHER_LOADERS = {"bitsandbytes", "gguf"}  # quantisations that bring names and l
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A server option that we do not serve; `asks` gets the host's arguments and tells whether the user wants it."""
+    """A server option that we do not serve, and what to use instead.
+
+    `asks` gets the host's arguments and tells whether the user wants it. Why not is in docs/refusals.md.
+    """
 
     option: str
+    instead: str
     asks: Callable[[Any], Any]
 
 
+LARGER_CACHE = "--mem-fraction-static and --kv-cache-dtype fp8_e4m3 make room for a larger cache"
+AS_IT_IS = "leave it out"
+
 # The host would turn most of these off with a warning. Fields are those of its ServerArgs.
 REFUSALS = (
-    Refusal("--pp-size above 1", lambda a: a.pp_size > 1),
-    Refusal("--disaggregation-mode", lambda a: a.disaggregation_mode != "null"),
-    Refusal("--speculative-algorithm", lambda a: a.speculative_algorithm is not None),
-    Refusal("--enable-lora and --lora-paths", lambda a: a.enable_lora or a.lora_paths),
-    Refusal("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache),
-    Refusal("--enable-lmcache", lambda a: a.enable_lmcache),
-    Refusal("--enable-flexkv", lambda a: a.enable_flexkv),
-    Refusal("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
-    Refusal("--no-dllm-fdfo", lambda a: not a.dllm_fdfo),
-    Refusal("--is-embedding", lambda a: a.is_embedding),
+    Refusal("--pp-size above 1", "--tp-size and --ep-size", lambda a: a.pp_size > 1),
     Refusal(
-        "--rl-on-policy-target, since no trainer's operations are repeated bit for bit "
-        "(--enable-deterministic-inference is supported)",
+        "--disaggregation-mode",
+        "--chunked-prefill-size bounds what prompts take of a step",
+        lambda a: a.disaggregation_mode != "null",
+    ),
+    Refusal(
+        "--speculative-algorithm",
+        "a lower threshold decides more tokens a step",
+        lambda a: a.speculative_algorithm is not None,
+    ),
+    Refusal(
+        "--enable-lora and --lora-paths",
+        "a checkpoint that the adapter is merged into",
+        lambda a: a.enable_lora or a.lora_paths,
+    ),
+    Refusal("--enable-hierarchical-cache", LARGER_CACHE, lambda a: a.enable_hierarchical_cache),
+    Refusal("--enable-lmcache", LARGER_CACHE, lambda a: a.enable_lmcache),
+    Refusal("--enable-flexkv", LARGER_CACHE, lambda a: a.enable_flexkv),
+    Refusal("--enable-mixed-chunk", AS_IT_IS, lambda a: a.enable_mixed_chunk),
+    Refusal("--no-dllm-fdfo", AS_IT_IS, lambda a: not a.dllm_fdfo),
+    Refusal("--is-embedding", "a model that embeds", lambda a: a.is_embedding),
+    Refusal(
+        "--rl-on-policy-target",
+        "--enable-deterministic-inference; no trainer's operations are repeated bit for bit",
         lambda a: a.rl_on_policy_target is not None,
     ),
-    Refusal("--enable-two-batch-overlap", lambda a: a.enable_two_batch_overlap),
-    Refusal("CUDA graphs of prefills", lambda a: captures_prefills(a)),
+    Refusal("--enable-two-batch-overlap", AS_IT_IS, lambda a: a.enable_two_batch_overlap),
+    Refusal("CUDA graphs of prefills", "--cuda-graph-max-bs-decode", captures_prefills),
     Refusal(
         "--tokenizer-worker-num above 1 with this release of SGLang, whose HTTP processes load no plugins",
+        "SGLang 0.5.23",
         lambda a: a.tokenizer_worker_num > 1 and not earlier.names_http_app(),
     ),
     Refusal(
         f"--attention-backend other than {', '.join(ATTENTION_BACKENDS)}",
+        "one of those",
         lambda a: (
             {a.attention_backend, a.prefill_attention_backend, a.decode_attention_backend} - {None, *ATTENTION_BACKENDS}
         ),
@@ -180,10 +201,10 @@ def checkpoint_flag(args: Any) -> str:
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Raise ConfigError naming every option that is asked for and not served."""
-    asked = [refusal.option for refusal in REFUSALS if refusal.asks(args)]
+    """Raise ConfigError naming every option that is asked for and not served, and what to use instead."""
+    asked = [f"{refusal.option} (instead: {refusal.instead})" for refusal in REFUSALS if refusal.asks(args)]
     if asked:
-        raise ConfigError(f"not supported for {ARCHITECTURE}: {', '.join(asked)}. Leave these options out.")
+        raise ConfigError(f"not supported for {ARCHITECTURE}: {'; '.join(asked)}. Leave these options out.")
 
 
 def refuse_unheard(overrides: dict[str, Any], model: Llada2Config) -> None:
