@@ -1,7 +1,7 @@
 """A server that was told to end (SIGTERM) takes no new requests, and ends when every answer is written.
 
-The host ends when its scheduler has no request left. It goes on taking new ones until then, so that a server under load
-never ends, and an answer that a slow client is still reading is cut off.
+The host ends when it finds no request in its tokenizer manager. It goes on taking new ones until then, so that a server
+under load never ends, and those that are being tokenized when it ends are never answered.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ class Drain:
         return self.host_app.state.openai_serving_completion.tokenizer_manager
 
 
-def add_to_app(result: None, app: Any, **kwargs: Any) -> None:
-    """After the host has put its keys in front of its app, before that starts."""
+def add_to_app(server_args: Any = None) -> None:
+    """Before the host starts its app, which has no place for middleware afterwards."""
+    from sglang.srt.entrypoints.http_server import app  # loaded by then; few processes get here
+
     app.add_middleware(Drain, host_app=app)
 
 

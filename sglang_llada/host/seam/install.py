@@ -182,7 +182,9 @@ def hook_shutdown() -> None:
 
     from sglang_llada.host.requests import draining
 
-    HookRegistry.register("sglang.srt.utils.auth.add_api_key_middleware", draining.add_to_app, HookType.AFTER)
+    # The last that the host does before its app starts; a hook of what starts it would load the app in all processes.
+    last = "sglang.srt.utils.common.set_uvicorn_logging_configs"
+    HookRegistry.register(last, draining.add_to_app, HookType.BEFORE)
     watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
     HookRegistry.register(watchdog, draining.end_drained, HookType.AROUND)
 
