@@ -376,6 +376,7 @@ ASKING = {
     "--enable-mixed-chunk": {"enable_mixed_chunk": True},
     "--no-dllm-fdfo": {"dllm_fdfo": False},
     "--is-embedding": {"is_embedding": True},
+    "--rl-on-policy-target": {"rl_on_policy_target": "fsdp"},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
     "--attention-backend other than flashinfer, triton, torch_native, llada_rows": {"attention_backend": "fa3"},
     "CUDA graphs of prefills": {"cuda_graph_backend_prefill": "breakable"},
@@ -440,7 +441,7 @@ def test_sizes_that_divide_are_served(arguments: Any, llada2: str, given: dict[s
 def test_all_unsupported_options_are_named_at_once(arguments: Any, llada2: str) -> None:
     with pytest.raises(ConfigError) as error:
         filled(arguments, Mode.ON, model_path=llada2, pp_size=2, enable_lmcache=True)
-    assert "--pp-size above 1, --enable-lmcache" in str(error.value)
+    assert "--pp-size above 1 (instead: --tp-size and --ep-size); --enable-lmcache (instead: " in str(error.value)
 
 
 def test_mode_off_leaves_refusing_to_the_host(arguments: Any, llada2: str) -> None:
