@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, loaded
-from tests.host.serving import Server, launch, ready, serving, session_members, stop, tail
+from tests.host.serving import Server, free_port, launch, ready, serving, session_members, stop, tail
 from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
 from tests.sizes import size
 
@@ -78,6 +78,25 @@ def test_two_ranks_answer_as_one_until_one_of_them_dies(cases: list[Case], tmp_p
         assert "TP1" in tail(log, 20000) or "rank 1" in tail(log, 20000), tail(log)
     finally:
         stop(process)
+
+
+@pytest.mark.long
+def test_two_nodes_answer_as_one_until_one_of_them_is_lost(cases: list[Case], tmp_path: Path) -> None:
+    """Two commands, which know each other by --dist-init-addr alone."""
+    logs = [tmp_path / "first", tmp_path / "second"]
+    flags = ("--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+    nodes = [launch(TINY, log, *flags, "--node-rank", str(rank)) for rank, log in enumerate(logs)]
+    (first, url), (second, _) = nodes
+    try:
+        server = ready(first, url, logs[0])
+        compare(cases[:16], server.generate_all([case.prompt for case in cases[:16]], NEW_TOKENS, 8), "two nodes")
+        os.killpg(second.pid, signal.SIGKILL)
+        assert first.wait(DEATH_SECONDS) != 0
+        assert not session_members(first.pid), "processes outlived the server"
+        assert "another rank of this server, or its node, is lost" in logs[0].read_text()
+    finally:
+        for process, _ in nodes:
+            stop(process)
 
 
 def scheduler_of(session: int, name: str) -> int:

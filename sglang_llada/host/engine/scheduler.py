@@ -48,7 +48,7 @@ from sglang_llada.host.engine.failures import Failures, carried_out
 from sglang_llada.host.engine.metrics import Metrics
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
-from sglang_llada.host.engine.ranks import rows_of_ranks
+from sglang_llada.host.engine.ranks import naming_a_loss, rows_of_ranks
 from sglang_llada.host.engine.streaming import LladaOutputStreamer
 from sglang_llada.host.facts import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.requests.wishes import ends_of_tokenizer
@@ -136,12 +136,13 @@ class LladaScheduler(Scheduler):
     def event_loop_normal(self) -> None:
         """Turn after turn until shutdown; see the module."""
         gc.freeze()  # modules and weights are no garbage; looking through them stops everything for half a second
-        while not self.gracefully_exit:
-            self.ingest_requests()
-            if self._engine_paused:
-                self._record_scheduler_state_for_paused_engine()
-                continue
-            self._turn()
+        with naming_a_loss():
+            while not self.gracefully_exit:
+                self.ingest_requests()
+                if self._engine_paused:
+                    self._record_scheduler_state_for_paused_engine()
+                    continue
+                self._turn()
 
     def _turn(self) -> None:
         self.admission.admit_waiting()
