@@ -189,7 +189,9 @@ FOREIGN: dict[str, Foreign] = {
     "remasking": Foreign("allowed: 'low_confidence'", ("low_confidence",)),
     "cfg_scale": Foreign("allowed: 0, since LLaDA2 is not guided", (0,)),
 }
-CANVAS = "canvas"  # of custom_params, the answer as far as it is given: no parameter of a decode, but of one request
+# Of custom_params, what is no parameter of a decode: the answer as far as it is given, and the tokens whose
+# probabilities are read at its open positions.
+CANVAS, CHOICES = "canvas", "choices"
 # All that changes how a request is decoded.
 KEYS = (
     {"algorithm", "mode"}
@@ -228,12 +230,14 @@ class Report:
     Attributes:
         original: of the logits as the network gives them, where otherwise they are of what tokens are chosen from.
         prompt_from: of the prompt's tokens too, from this position on; None: not.
+        only_open: of the prompt's tokens of a read, only of those that are open in its canvas.
     """
 
     top: int = 0
     ids: tuple[int, ...] = ()
     original: bool = False
     prompt_from: int | None = None
+    only_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)

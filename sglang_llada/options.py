@@ -17,7 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from sglang_llada.config import ALGORITHMS, CANVAS, FOREIGN, MODES, NEED_INDEL, VARIANTS, DecodeConfig, Parameter
+from sglang_llada.config import (
+    ALGORITHMS,
+    CANVAS,
+    CHOICES,
+    DEFAULT_ALGORITHM,
+    FOREIGN,
+    MODES,
+    NEED_INDEL,
+    VARIANTS,
+    DecodeConfig,
+    Parameter,
+)
 
 ANY_BLOCK = 2**31 - 1  # where the block size, which the server knows, is the bound
 
@@ -39,7 +50,7 @@ class Options:
     stream_mode: Literal["committed", "denoise"] | None = None
 
     def __post_init__(self) -> None:
-        decode = {key: value for key, value in self.custom_params.items() if key != CANVAS}
+        decode = {key: value for key, value in self.custom_params.items() if key not in (CANVAS, CHOICES)}
         DecodeConfig.defaults(ANY_BLOCK, self.algorithm, indel=True).replaced(decode, type(self).__name__)
 
     @property
@@ -51,7 +62,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Options):
-    """LLaDA2.0's decode: tokens above a probability are kept; `canvas`: the answer as far as it is given."""
+    """LLaDA2.0's decode: tokens above a probability are kept.
+
+    `canvas` is the answer as far as it is given; with `choices` the probabilities of these are read where it is open.
+    """
 
     algorithm: ClassVar[str] = "threshold"
 
@@ -59,6 +73,7 @@ class Threshold(Options):
     steps: int | None = None
     early_exit: bool | None = None
     canvas: Sequence[int | str | None] | None = None
+    choices: Sequence[int | str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,7 @@ class Decode:
         step_map: of each token the step of its block, from 1, that decided or last edited it; empty without `trace`.
         confidences: its probability in that step; empty without `trace`.
         snapshots: after each step; empty without `stream_mode` "denoise".
+        chances: of each open position of a canvas the probabilities of `choices`; empty without them.
     """
 
     tokens: int
@@ -129,6 +145,7 @@ class Decode:
     step_map: list[int]
     confidences: list[float]
     snapshots: list[Snapshot]
+    chances: list[list[float]]
 
     @classmethod
     def of(cls, meta_info: Mapping[str, Any]) -> Self:
@@ -145,6 +162,7 @@ class Decode:
             step_map=list(meta_info.get("step_maps", ())),
             confidences=list(meta_info.get("dllm_confidences", ())),
             snapshots=[Snapshot(**each) for each in meta_info.get("dllm_snapshots", ())],
+            chances=list(meta_info.get("dllm_choices", ())),
         )
 
     @property
@@ -185,6 +203,12 @@ def schema_of(algorithm: str) -> dict[str, Any]:
             "type": "array",
             "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}, {"type": "null"}]},
             "description": "the answer as far as it is given: token ids, texts, and null for each open position",
+        }
+    if algorithm == DEFAULT_ALGORITHM:  # which of them makes no difference
+        properties[CHOICES] = {
+            "type": "array",
+            "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
+            "description": "tokens, or texts of one token, whose probabilities are read where the canvas is open",
         }
     return {"title": algorithm, "type": "object", "properties": properties, "additionalProperties": False}
 

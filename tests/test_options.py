@@ -23,7 +23,9 @@ META = {"completion_tokens": 6, "dllm_nfe": 3, "dllm_steps": 2, "dllm_forward_co
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_are_the_parameters(kind: type[Options]) -> None:
     said = {
-        name: get_args(hint)[0] for name, hint in get_type_hints(kind).items() if name not in ("algorithm", "canvas")
+        name: get_args(hint)[0]
+        for name, hint in get_type_hints(kind).items()
+        if name not in ("algorithm", "canvas", "choices")
     }
     named = {name: get_args(value) or value for name, value in said.items()}
     modes = {"mode": tuple(MODES[kind.algorithm])} if kind.algorithm in MODES else {}
@@ -43,8 +45,8 @@ def test_only_what_is_given_is_sent() -> None:
 
 
 def test_a_canvas_goes_with_what_keeps_positions() -> None:
-    asked = Threshold(canvas=["a", 5, None])
-    assert asked.custom_params == {"algorithm": "threshold", "canvas": ["a", 5, None]}
+    asked = Threshold(canvas=["a", 5, None], choices=["b", 6])
+    assert asked.custom_params == {"algorithm": "threshold", "canvas": ["a", 5, None], "choices": ["b", 6]}
     validator = Draft202012Validator(schema())
     assert validator.is_valid(asked.custom_params) and validator.is_valid({"canvas": [None]})
     assert not validator.is_valid({"algorithm": "threshold", "canvas": [0.5]})
@@ -59,7 +61,7 @@ def test_a_bad_value_is_refused_where_it_is_written() -> None:
 def test_a_decode_is_read() -> None:
     snapshot = {"step": 1, "committed": 0, "token_ids": [7, None]}
     decode = Decode.of({**META, "step_maps": [1, 2], "dllm_confidences": [0.5, 1.0], "dllm_snapshots": [snapshot]})
-    assert decode == Decode(6, 3, 2, [2], [1, 2], [0.5, 1.0], [Snapshot(1, 0, [7, None])])
+    assert decode == Decode(6, 3, 2, [2], [1, 2], [0.5, 1.0], [Snapshot(1, 0, [7, None])], [])
     assert decode.tokens_per_forward == 2.0
     assert Decode.of(META).snapshots == []
     with pytest.raises(ValueError, match="has no dllm_nfe, only id; does sglang-llada"):

@@ -290,6 +290,27 @@ def generate(
     return out
 
 
+@torch.no_grad()
+def read(
+    model: Llada2ForDiffusion,
+    prompt_ids: list[int],
+    canvas: Sequence[int | None],
+    choices: Sequence[int],
+    *,
+    mask_id: int,
+) -> list[list[float]]:
+    """Of each open position of a canvas the probabilities of some tokens, over the full vocabulary.
+
+    From one forward, which decides nothing: all open positions are the mask, and so is what stands behind the canvas in
+    its last block.
+    """
+    wanted = [*prompt_ids, *canvas]
+    ids = [mask_id if token is None else token for token in wanted]
+    ids += [mask_id] * (-len(ids) % model.config.block_size)
+    probs = model.block_causal(ids).softmax(-1)
+    return [[probs[i, choice].item() for choice in choices] for i, token in enumerate(wanted) if token is None]
+
+
 def _take(
     out: Generation,
     tokens: list[int],

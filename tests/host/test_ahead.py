@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -59,25 +60,37 @@ def model(context: tuple[int, ...], ids: list[int], is_open: int, editable: int,
     return Made(tokens, is_open, not holes, edits)
 
 
-def decoded(prompt: list[int], rules: Rules, new: int) -> list[int]:
-    """The answer to a prompt, decoded alone."""
-    request = new_request("alone", prompt, rules, new)
+def decoded(asked: Request[DecodeConfig]) -> list[int]:
+    """The answer to a request, decoded alone."""
+    prompt = list(asked.prompt)
+    request = new_request("alone", prompt, asked.rules, asked.max_new_tokens, asked.canvas)
     request.admit(request.live_from)
     while request.phase is not Phase.DONE:
         (block,) = request.blocks
-        editable = (1 << T) - 1 ^ block.fixed if rules.edits else 0
+        editable = (1 << T) - 1 ^ block.fixed if asked.rules.edits else 0
         context = tuple((prompt + request.output)[: block.start])
         made = model(context, block.tokens, block.open, editable & ~block.open, block.state[1])
         request.decide([Decided(made.tokens, made.open, made.done, [block.state[0] + 1, made.edits])])
-        if request.filled < request.live_from and request.phase is Phase.DECODING:
-            request.fill(1)
+        if request.phase is not Phase.DONE:
+            request.fill(request.unfilled)
     return request.output
 
 
-def new_request(rid: str, prompt: list[int], rules: Rules, new: int) -> Request[DecodeConfig]:
+def some_canvas(rng: random.Random, length: int) -> list[int | None]:
+    """Given runs, the later ones with stop tokens, and open positions between and behind them; or none."""
+    canvas: list[int | None] = []
+    while rng.random() < 0.7 and len(canvas) < length:
+        canvas += [rng.choice([EOS] * bool(canvas) + [*range(2, 20)]) for _ in range(rng.choice([1, 4, 6, 13]))]
+        canvas += [None] * rng.choice([1, 1, 3, 6])
+    return canvas[: length - 1] + [None] if canvas else []
+
+
+def new_request(
+    rid: str, prompt: list[int], rules: Rules, new: int, canvas: Sequence[int | None] = ()
+) -> Request[DecodeConfig]:
     params = DecodeConfig.defaults(T, "joint_threshold" if rules.edits else "threshold")
     more: dict[str, Any] = {"fresh": fresh(T, TOKENS), "numbers": numbers(params), "rules": rules}
-    return Request(rid, prompt, new, frozenset({EOS}), params, T, MASK, **more)
+    return Request(rid, prompt, len(canvas) or new, frozenset({EOS}), params, T, MASK, canvas, **more)
 
 
 class Hashed:
@@ -216,7 +229,8 @@ def run(seed: int, count: int, *, ahead: bool) -> tuple[Load, dict[str, Request[
         if len(asked) < count and rng.random() < 0.5:
             rid, rules = f"r{len(asked)}", rng.choice(list(RULES.values()))
             prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 30))]
-            asked[rid] = new_request(rid, prompt, rules, rng.randint(1, 40))
+            new = rng.randint(1, 40)
+            asked[rid] = new_request(rid, prompt, rules, new, some_canvas(rng, new) if rng.random() < 0.5 else ())
             load.waiting.append(asked[rid])
         scheduler._turn()
         scheduler.table.check_integrity(scheduler.pages.held())
@@ -235,10 +249,6 @@ def run(seed: int, count: int, *, ahead: bool) -> tuple[Load, dict[str, Request[
 )
 def test_answers_are_those_of_each_request_alone(ahead: bool, count: int) -> None:
     load, asked = run(7, count, ahead=ahead)
-    wrong = [
-        rid
-        for rid, answer in load.answers.items()
-        if answer != decoded(list(asked[rid].prompt), asked[rid].rules, asked[rid].max_new_tokens)
-    ]
+    wrong = [rid for rid, answer in load.answers.items() if answer != decoded(asked[rid])]
     print(f"{len(load.answers)} answers, {len(load.aborted)} aborted, {load.retracted} retracted, {len(wrong)} wrong")
     assert not wrong and len(load.answers) > count / 2 and load.retracted > count / 100

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import openai
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from examples.tiny_llada2.tasks import examples
 from sglang_llada.config import Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.editing import Wishes
-from tests.host.conftest import Case, compare, held_out_prompts
+from sglang_llada.llada2.reference import read
+from tests.host.conftest import Case, compare, held_out_prompts, loaded
 from tests.host.serving import Server, events, serving
 from tests.host.ways import CHECKPOINT, RASH, WAYS, Question, answers, babble
 
@@ -203,3 +208,96 @@ def test_kv_of_given_blocks_is_found_by_the_next_prompt(server: Server, tokenize
     again = server.generate(turn, 1, custom_params={**PLAIN, "canvas": [None] * 3})
     compare([case_of(turn, [None] * 3)], [again], "the next turn")
     assert again["meta_info"]["cached_tokens"] >= 160
+
+
+# --- reads: the probabilities of choices, with nothing decided --------------------------------------------------------
+
+CHOICES = [5, 70, 71, 300]
+
+
+def test_reads_equal_the_reference_beside_everything_else(server: Server, facts: CheckpointFacts) -> None:
+    """Alone, then 16 at once beside answers that fill the pool; from the cache and not."""
+    rng, (model, _) = random.Random(1), loaded(CHECKPOINT)
+    prompts = babble(12, seed=3)
+    canvases = [some_canvas(rng, min(facts.stop_ids), facts.mask_id) for _ in prompts]
+    want = [
+        read(model, prompt, canvas, CHOICES, mask_id=facts.mask_id)
+        for prompt, canvas in zip(prompts, canvases, strict=True)
+    ]
+
+    def ask(prompt: list[int], canvas: tuple[int | None, ...]) -> dict[str, Any]:
+        return server.generate(prompt, 9, custom_params={"canvas": list(canvas), "choices": CHOICES})
+
+    server.flush()
+    alone = list(map(ask, prompts, canvases))
+    with ThreadPoolExecutor(16) as pool:
+        beside = [
+            pool.submit(server.generate, ids, 120, ignore_eos=True, custom_params=PLAIN) for ids in babble(12, seed=4)
+        ]
+        together = list(pool.map(ask, prompts, canvases))
+        assert all(len(each.result()["output_ids"]) == 120 for each in beside)
+    for got in (alone, together):
+        for each, right, prompt, canvas in zip(got, want, prompts, canvases, strict=True):
+            meta = each["meta_info"]
+            assert meta["dllm_choices"] == [pytest.approx(row, abs=1e-4) for row in right]
+            assert each["output_ids"] == [] and meta["finish_reason"]["type"] == "length"
+            assert meta["prompt_tokens"] == len(prompt) + len(canvas)
+    assert "dllm_choices" not in beside[0].result()["meta_info"]
+    server.flush()
+
+
+def test_scores_are_reads_of_the_position_behind_each_prompt(
+    server: Server, tokenizer: PreTrainedTokenizerFast, facts: CheckpointFacts
+) -> None:
+    model, _ = loaded(CHECKPOINT)
+    items, labels = ["17 + 2", "4 + 4"], [70, 71, 22]
+    body = {"model": "tiny", "query": "What is ", "items": items, "label_token_ids": labels}
+    got = server.post("/v1/score", body)
+    assert got.status_code == 200, got.text
+    prompts = [tokenizer.encode(f"What is {item}") for item in items]
+    want = [read(model, prompt, [None], labels, mask_id=facts.mask_id)[0] for prompt in prompts]
+    assert got.json()["scores"] == [pytest.approx(row, abs=1e-4) for row in want]
+    among = server.post("/v1/score", {**body, "apply_softmax": True}).json()["scores"]
+    assert among == [pytest.approx([p / sum(row) for p in row], abs=1e-4) for row in want]
+
+
+@pytest.mark.parametrize(
+    ("custom", "more", "message"),
+    [
+        ({"choices": [5]}, {}, "choices are read at the open positions of a canvas"),
+        ({"choices": [5], "canvas": [6]}, {}, "choices are read at the open positions of a canvas"),
+        ({"choices": [], "canvas": [None]}, {}, "choices is empty"),
+        ({"choices": ["two words of text"], "canvas": [None]}, {}, "tokens, ["),
+        ({"choices": [None], "canvas": [None]}, {}, "choices holds None at position 0; allowed: 0 to"),
+        ({"choices": [5] * 129, "canvas": [None]}, {}, "choices has 129 entries; allowed: at most 128"),
+        ({"choices": [5], "canvas": [None]}, {"return_logprob": True}, "which return_logprob is about"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(
+    server: Server, custom: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    body = {"input_ids": [4, 5], "sampling_params": {"temperature": 0, "custom_params": custom}, **more}
+    reply = server.post("/generate", body)
+    assert reply.status_code == 400 and message in reply.text, reply.text
+
+
+def test_what_is_missing_is_found(server: Server, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Held-out records of which the end is given, and counted numbers of which every third is missing."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for example in islice((e for e in examples(5, held_out=True) if e.task in ("json", "enumerate")), 60):
+        if len(example.messages) > 1:
+            continue
+        parts = re.findall(r"\d+|\D+", example.answer)
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()][:: 1 if example.task == "json" else 3]
+        canvas: list[Any] = []
+        for i, part in enumerate(parts):
+            canvas += [None] * len(tokenizer.encode(part, add_special_tokens=False)) if i in numbers else [part]
+        prompt = tokenizer.apply_chat_template(
+            example.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        got = server.generate(prompt, 1, custom_params={**PLAIN, "canvas": canvas})
+        asked[example.task] += 1
+        right[example.task] += got["text"] == example.answer
+    print(f"of {dict(asked)} what was missing was found in {dict(right)}")
+    assert min(asked.values()) > 10 and all(right[task] > 0.8 * asked[task] for task in asked)

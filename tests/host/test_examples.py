@@ -10,7 +10,7 @@ import sys
 import pytest
 import requests
 
-from examples import offline_engine, openai_client, tool_loop
+from examples import canvas, offline_engine, openai_client, tool_loop
 from tests.host.serving import ROOT, Server
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -57,3 +57,11 @@ def test_a_tool_loop_calls_a_function_and_answers(server: Server) -> None:
     matched = re.fullmatch(r"call:     add\((.*)\) = (\d+)", call)
     assert matched is not None and sum(json.loads(matched[1]).values()) == int(matched[2])
     assert answer.startswith("answer:   ")
+
+
+def test_a_canvas_is_filled_and_choices_are_read() -> None:
+    """The page has what the example prints."""
+    lines = run("examples.canvas")
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line and f"    {line}" not in page.splitlines()] == []
+    assert sum(line.startswith(("answer: ", "choices: ")) for line in lines) == len(canvas.INFILLS) + len(canvas.READS)

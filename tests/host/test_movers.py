@@ -297,11 +297,8 @@ def test_reserved_ids_are_refused_with_their_place(server: Server, facts: Checkp
 
 # --- what is not generation -------------------------------------------------------------------------------------------
 
-NOT_SCORED = "scores, ranks and decisions are not supported"
 NOT_EMBEDDED = "embeddings, classes and rewards are not supported"
-ITEMS = {"query": "Is it so?", "items": [" yes", " no"], "label_token_ids": [70, 71], "model": "tiny"}
 OTHER_WORK: dict[str, tuple[dict[str, Any], str]] = {
-    "/v1/score": (ITEMS, NOT_SCORED),
     "/v1/rerank": ({"query": "a", "documents": ["b", "c"]}, "not supported"),
     "/v1/embeddings": ({"model": "tiny", "input": "a"}, NOT_EMBEDDED),
     "/v1/classify": ({"model": "tiny", "input": "a"}, NOT_EMBEDDED),

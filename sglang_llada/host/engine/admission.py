@@ -19,6 +19,7 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.failures import Failures
 from sglang_llada.host.engine.pages import Pages
+from sglang_llada.host.requests.canvas import as_prompt
 from sglang_llada.host.requests.shaping import shaping_of
 from sglang_llada.host.requests.stops import MOST_TAIL
 from sglang_llada.host.requests.wishes import report_of, wishes_of
@@ -68,6 +69,8 @@ class Admission:
             return str(error)
         if req.wishes.canvas:  # in which stop tokens count from the last given one on, as the blocks know
             req.sampling_params.ignore_eos = True
+        if req.wishes.choices:
+            as_prompt(req, req.wishes.canvas, self.facts.mask_id)
         params = req.sampling_params  # the whole answer, searched after every step, is quadratic work
         params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TAIL)
         return None
@@ -182,9 +185,9 @@ class Admission:
         wishes = req.wishes
         shaping = shaping_of(req, wishes, self.vocabulary, self.facts.own_tokens)
         params = replace(wishes.params, report=report_of(req))
-        room = req.sampling_params.max_new_tokens
-        if room < len(wishes.canvas):
-            raise ConfigError(f"canvas has {len(wishes.canvas)} positions; allowed: {room} behind this prompt")
+        canvas, room = () if wishes.choices else wishes.canvas, req.sampling_params.max_new_tokens
+        if room < len(canvas):
+            raise ConfigError(f"canvas has {len(canvas)} positions; allowed: {room} behind this prompt")
         return Request(
             rid=req.rid,
             prompt=req.origin_input_ids,
@@ -211,7 +214,7 @@ class Admission:
             ),
             block_size=self.facts.block_size,
             mask_id=self.facts.mask_id,
-            canvas=wishes.canvas,
+            canvas=canvas,
         )
 
     def _preempt_for(self, req: Any) -> bool:

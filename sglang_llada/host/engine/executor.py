@@ -238,6 +238,8 @@ class Executor:
             return None
         mine = range(max(row.start, wanted.prompt_from), min(row.start + self.block_size, len(request.prompt)))
         positions = [position for position in mine if position not in request.prompt_notes]
+        if wanted.only_open:
+            positions = [position for position in positions if request.prompt[position] == request.mask_id]
         if not positions:
             return None
         at = [r * self.block_size + position - row.start for position in positions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang_llada.blocks import Request, Table
 from sglang_llada.config import DecodeConfig
 from sglang_llada.host.engine.step import Note
-from sglang_llada.host.requests.meta_info import CONFIDENCES, FORWARD_COUNTS, NFE, SNAPSHOTS, STEP_MAPS, STEPS
+from sglang_llada.host.requests.meta_info import CHOICES, CONFIDENCES, FORWARD_COUNTS, NFE, SNAPSHOTS, STEP_MAPS, STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
     Requests that ask for a trace get `meta_info["step_maps"]`, the 1-based step of its block in which each returned
     token was decided or last edited, and `meta_info["dllm_confidences"]`, its probability in that step. Requests with
     stream_mode "denoise" get `meta_info["dllm_snapshots"]`: for each step its number, how many tokens were committed
-    after it, and the tokens that stood behind those, null where open.
+    after it, and the tokens that stood behind those, null where open. Requests with choices get
+    `meta_info["dllm_choices"]`, of each open position of their canvas the probabilities of these.
 
     Of what belongs to tokens and steps each output brings what is new, which the host's tokenizer process appends.
     """
@@ -79,6 +81,9 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
             traces = {}
         if any(r is not None and r.shown for r, _ in known):
             traces[SNAPSHOTS] = [[] if r is None else shown(r) for r, _ in known]
+        read = [chances(r) for r, _ in known]
+        if any(each is not None for each in read):
+            traces[CHOICES] = read
         return traces | {
             FORWARD_COUNTS: [
                 [] if r is None else r.steps_of_blocks if ended else r.steps_per_block for r, ended in known
@@ -86,6 +91,13 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
             STEPS: [0 if r is None else r.steps for r, _ in known],
             NFE: [0 if r is None else r.forwards for r, _ in known],
         }
+
+
+def chances(request: Request[DecodeConfig] | None) -> list[list[float]] | None:
+    """Of each open position of a read, the probabilities of its choices; None of what is none."""
+    if request is None or request.params.report is None or not request.params.report.only_open:
+        return None
+    return [[math.exp(value) for value in row[1:]] for _, row in sorted(request.prompt_notes.items())]
 
 
 def snapshot_of(request: Request[DecodeConfig]) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def book_logprobs(req: Any, tokens: list[int], notes: list[Note | None]) -> None
 
 def book_prompt_logprobs(req: Any, request: Request[DecodeConfig]) -> None:
     """The same of its prompt, once and as soon as all are there."""
-    out, wanted = req.logprob, request.params.report
+    out, wanted = req.logprob, request.params.report if req.return_logprob else None
     if wanted is None or wanted.prompt_from is None or out.input_token_logprobs_val is not None:
         return
     positions = range(wanted.prompt_from, len(request.prompt))

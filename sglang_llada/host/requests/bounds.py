@@ -121,6 +121,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("no_stop_trim", SAMPLING, bool),
     Bound("ebnf_full_assistant", SAMPLING, bool),
     Bound("canvas", CUSTOM, int, 0, Edge.VOCABULARY, most=Edge.CONTEXT, also=(None,), texts=Edge.TEXT),
+    Bound("choices", CUSTOM, int, 0, Edge.VOCABULARY, most=MOST_LOGPROBS, texts=Edge.TEXT),
     Bound("text", REQUEST, str, 0, Edge.TEXT),
     Bound("input_ids", REQUEST, int, 0, Edge.VOCABULARY, most=Edge.TEXT),
     Bound("rid", REQUEST, str, 1, NAME),
@@ -158,7 +159,7 @@ OF = {where: {b.name: b for b in BOUNDS if b.where == where} for where in (SAMPL
 # Fields of the host's GenerateReqInput of which no value is taken, and why. They are refused here since some of them
 # would not survive the way to the scheduler.
 EMBEDDINGS = "input embeddings are not supported: blocks are made of tokens"
-SCORES = "scores of items are not supported: they need the log-probability of what would come next"
+SCORES = "scores are read at the position behind each prompt, and nowhere else"
 TRACES = "expert and index traces are not supported"
 REFUSED = {
     "input_embeds": EMBEDDINGS,
@@ -316,7 +317,6 @@ def check_all(bound: Bound, values: Collection[Any], limits: Limits) -> None:
         texts = [one for one in values if isinstance(one, str)]
         if (length := sum(map(len, texts))) > limits.of(bound.texts):
             raise ValueError(f"{bound.name} has {length} characters; allowed: {described(bound, limits)}")
-        values = [None if isinstance(one, str) else one for one in values]
     for position, one in enumerate(values):
         if not allows(bound, one, limits):
             raise ValueError(
@@ -360,6 +360,8 @@ def allows(bound: Bound, value: Any, limits: Limits) -> bool:
         return isinstance(value, str) and bound.low <= len(value) <= limits.of(bound.high)
     if value is None:
         return None in bound.also
+    if bound.texts is not None and isinstance(value, str):
+        return True
     if isinstance(value, bool) or not isinstance(value, (int, float) if bound.kind is float else int):
         return False
     return value in bound.also or bound.low <= value <= limits.of(bound.high)

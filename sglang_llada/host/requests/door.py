@@ -16,12 +16,8 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.host.facts import is_ours
-from sglang_llada.host.requests import bounds, canvas
+from sglang_llada.host.requests import bounds, canvas, scoring
 
-NO_SCORES = (
-    "scores, ranks and decisions are not supported: they need the log-probability of what would come next, and LLaDA2 "
-    "decides the tokens of a block together"
-)
 NO_EMBEDDINGS = "embeddings, classes and rewards are not supported: LLaDA2 generates text; see /generate and /v1"
 
 
@@ -56,6 +52,8 @@ def admit(manager: Any, obj: Any, request: Any = None) -> None:
         raise ValueError(NO_EMBEDDINGS)
     sequences = math.inf if request is None else bounds.MOST_SEQUENCES
     bounds.check(obj, bounds.Limits(manager.model_config.vocab_size, manager.context_len, sequences))
+    if scoring.scoring.get():
+        scoring.as_reads(obj)
     for name in bounds.REFUSED:  # a no of whatever form becomes the host's
         setattr(obj, name, getattr(type(obj), name))
     if manager.enable_metrics:
@@ -104,12 +102,6 @@ def take_step_maps(
     if return_step_maps:
         sampling_params = with_step_maps(sampling_params, return_step_maps)
     return generate(engine, prompt, sampling_params, *args, **kwargs)
-
-
-def refuse_scores(manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Before the host scores prompts, which every score, rank and decision comes to."""
-    if is_ours(manager.server_args):
-        raise ValueError(NO_SCORES)
 
 
 def refuse_tensors(

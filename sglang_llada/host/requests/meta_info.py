@@ -15,7 +15,8 @@ NFE = "dllm_nfe"
 STEP_MAPS = "step_maps"
 CONFIDENCES = "dllm_confidences"
 SNAPSHOTS = "dllm_snapshots"
-WHOLE = {FORWARD_COUNTS, STEPS, NFE}  # of a request, not of its last output
+CHOICES = "dllm_choices"
+WHOLE = {FORWARD_COUNTS, STEPS, NFE, CHOICES}  # of a request, not of its last output
 
 
 def put_whole(
@@ -30,4 +31,5 @@ def put_whole(
     """Around the host's append: what is WHOLE goes into meta_info as it is."""
     others = {key: values for key, values in customized_info.items() if key not in WHOLE}
     append(manager, meta_info, state, others, index, finish_reason)
-    meta_info.update({key: customized_info[key][index] for key in WHOLE & customized_info.keys()})
+    whole = {key: customized_info[key][index] for key in WHOLE & customized_info.keys()}
+    meta_info.update({key: value for key, value in whole.items() if value is not None})

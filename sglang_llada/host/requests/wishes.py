@@ -15,15 +15,15 @@ from typing import Any
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB as ORIGINAL_LOGPROBS
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from sglang_llada.config import CANVAS, KEYS, DecodeConfig, Report, Sampling
+from sglang_llada.config import CANVAS, CHOICES, KEYS, DecodeConfig, Report, Sampling
 from sglang_llada.errors import ConfigError
 from sglang_llada.host import earlier
-from sglang_llada.host.requests.canvas import Canvas, check
+from sglang_llada.host.requests.canvas import Canvas, check, check_read, report_of_read
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 
 # Keys of custom_params that the host writes and reads itself.
 HOST_PARAMS = {*earlier.private_params(), "thinking_budget"}
-NO_PARAMETERS = {*HOST_PARAMS, CANVAS}  # of a decode
+NO_PARAMETERS = {*HOST_PARAMS, CANVAS, CHOICES}  # of a decode
 TOP_K_GREEDY = 1  # how the host writes temperature 0 once it has normalised the parameters
 
 
@@ -55,6 +55,7 @@ class Wishes:
         stop_ids: those that end this request, which may ignore them.
         processor: its custom logit processor, or None.
         canvas: its answer as far as it is given; empty if it says nothing of it.
+        choices: tokens whose probabilities are read at its open positions, where otherwise those are decided.
     """
 
     params: DecodeConfig
@@ -62,6 +63,7 @@ class Wishes:
     stop_ids: frozenset[int]
     processor: Any
     canvas: Canvas
+    choices: tuple[int, ...]
 
 
 def wishes_of(req: Any, defaults: DecodeConfig, vocabulary: int, facts: CheckpointFacts) -> Wishes:
@@ -74,17 +76,22 @@ def wishes_of(req: Any, defaults: DecodeConfig, vocabulary: int, facts: Checkpoi
     for refusal in REFUSALS:
         if refusal.asks(req, req.sampling_params):
             raise ConfigError(refusal.sentence.format(r=req, p=req.sampling_params))
-    given = (req.sampling_params.custom_params or {}).get(CANVAS)
+    custom = req.sampling_params.custom_params or {}
+    given = custom.get(CANVAS)
     canvas: Canvas = tuple(given or ())
-    for name, ids in (("input_ids", req.origin_input_ids), (CANVAS, canvas)):
+    choices: tuple[int, ...] = tuple(custom.get(CHOICES) or ())
+    for name, ids in (("input_ids", req.origin_input_ids), (CANVAS, canvas), (CHOICES, choices)):
         if (reason := no_text(name, ids, vocabulary, facts)) is not None:
             raise ConfigError(reason)
     processor, ends = processor_of(req), ends_of(req, vocabulary)
     params = decode_params(req, defaults, lenient=processor is not None)
     stop_ids = frozenset() if req.sampling_params.ignore_eos else ends
-    if given is not None:
-        check(canvas, params, stop_ids, structured=is_structured(req.sampling_params))
-    return Wishes(params, ends, stop_ids, processor, canvas)
+    structured = is_structured(req.sampling_params)
+    if custom.get(CHOICES) is not None:
+        check_read(req, canvas, choices, structured=structured)
+    elif given is not None:
+        check(canvas, params, stop_ids, structured=structured)
+    return Wishes(params, ends, stop_ids, processor, canvas, choices)
 
 
 def no_text(name: str, ids: Sequence[int | None], vocabulary: int, facts: CheckpointFacts) -> str | None:
@@ -142,6 +149,8 @@ def processor_of(req: Any) -> Any:
 
 def report_of(req: Any) -> Report | None:
     """The log-probabilities that a request wants, once the host has said from where on in its prompt; None: none."""
+    if req.wishes.choices:
+        return report_of_read(req.wishes.canvas, req.wishes.choices, len(req.origin_input_ids))
     if not req.return_logprob:
         return None
     top, ids, start = req.logprob.top_logprobs_num, req.logprob.token_ids_logprob or (), req.logprob_start_len

@@ -155,7 +155,7 @@ def hook_door() -> None:
     """Refuse what would be dropped, or end badly, before the scheduler hears of it; what its answers come to say."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_llada.host.requests import door, meta_info, plain_text
+    from sglang_llada.host.requests import door, meta_info, plain_text, scoring
 
     completions = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
     HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
@@ -169,8 +169,9 @@ def hook_door() -> None:
     HookRegistry.register(f"{manager}.generate_request", door.admit, HookType.BEFORE)
     HookRegistry.register(f"{manager}._validate_one_request", door.check_prompt, HookType.BEFORE)
     HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
-    scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin.score_request"
-    HookRegistry.register(scores, door.refuse_scores, HookType.BEFORE)
+    scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin"
+    HookRegistry.register(f"{scores}.score_request", scoring.score, HookType.AROUND)
+    HookRegistry.register(f"{scores}._process_single_item_scoring_results", scoring.from_reads, HookType.AROUND)
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)

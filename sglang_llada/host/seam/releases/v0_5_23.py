@@ -125,7 +125,12 @@ SEAMS: tuple[Seam, ...] = (
          Kind.HOOK, "async (self, query, items, label_token_ids, apply_softmax, item_first, embed_override_token_id, "
          "query_embed_overrides, item_embed_overrides, stacked_query_item_embed_overrides, request, "
          "return_pooled_hidden_states, score_extraction_token_id, temperature, return_token_logprobs, image_data)",
-         "refuses scores", "the host refuses scores of models that are not causal"),
+         "scores are reads of a canvas", "the host asks a model of blocks for what comes next"),
+    Seam("sglang.srt.managers.tokenizer_manager_score_mixin:TokenizerManagerScoreMixin."
+         "_process_single_item_scoring_results", Kind.HOOK,
+         "(self, results, label_token_ids, apply_softmax, return_pooled_hidden_states, per_item_matrix, temperature, "
+         "return_token_logprobs)",
+         "scores are reads of a canvas", "the host asks a model of blocks for what comes next"),
     Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.init_tokenizer_and_processor", Kind.HOOK, "(self)",
          "gives the model's own tokens names that nobody writes", "the host encodes what users write as text"),
     Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.tokenizer", Kind.USE, VALUE,
