@@ -32,6 +32,7 @@ from sglang_llada.host.engine.failures import Failures
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
 from sglang_llada.host.engine.scheduler import LladaScheduler
+from sglang_llada.host.engine.tiers import Tiers
 
 T, MASK = 32, 2
 ROWS = (1, 8, 32, 128)
@@ -156,7 +157,8 @@ def idle_scheduler(rows: int, decider: FirstOpen | None = None) -> LladaSchedule
     executor = Executor(runner, decider or FirstOpen())  # type: ignore[arg-type]  # stand-ins
     scheduler.table, scheduler.failures = Table(), Failures(lambda: None)
     scheduler.pipeline = Pipeline(executor, scheduler.failures, MASK)
-    scheduler.pages = Pages(scheduler, scheduler.table, scheduler.failures, T)
+    scheduler.tiers, scheduler.enable_hierarchical_cache = Tiers(scheduler, scheduler.table, T), False
+    scheduler.pages = Pages(scheduler, scheduler.table, scheduler.tiers, scheduler.failures, T)
     parts = (scheduler, scheduler.table, scheduler.pages, scheduler.pipeline, scheduler.failures)
     scheduler.endings = Endings(*parts, peers=None)
     scheduler.booking = Booking(*parts, scheduler.endings, metrics=None)

@@ -46,7 +46,7 @@ class Filling:
     def settle(self) -> None:
         """Forget those that are filled, or ended, or retracted."""
         for request in list(self._begun):
-            if request.phase is not Phase.FILLING:
+            if request.phase not in (Phase.LOADING, Phase.FILLING):
                 del self._begun[request]
                 self._shared.clear()
                 for number in request.prefixes:

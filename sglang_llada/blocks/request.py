@@ -16,20 +16,21 @@ A canvas is an answer of which some tokens are given, anywhere. Given positions 
 the last of them on. A block that is given as a whole is done when it begins, without a step: the next one may begin in
 the same move, and its KV is filled as a prompt's, for which the request goes back to FILLING where it is much.
 
-        admit            caught up            decided, ended ...
-WAITING -----> FILLING -----------> DECODING -----------> DONE
-   ^  |           |                    |                   ^
-   |  +-- end ----|------- end --------|-------- end ------+
-   +------------- retract -------------+
+        admit                    load                  caught up            decided, ended ...
+WAITING -----> (LOADING) -----------> FILLING -----------> DECODING -----------> DONE
+   ^  |            |                     |                    |                   ^
+   |  +--- end ----|-------- end --------|-------- end -------|-------- end ------+
+   +--------------------------------- retract ----------------+
 
 | move      | from                       | to                                                       |
 |-----------|----------------------------|----------------------------------------------------------|
-| admit     | WAITING                    | FILLING, or as after fill when nothing is left to fill   |
+| admit     | WAITING                    | LOADING if cached KV is still on its way, else as load   |
+| load      | LOADING                    | FILLING, or as after fill when nothing is left to fill   |
 | fill      | FILLING, DECODING (a SEAL) | DECODING once all before the live blocks is filled, or   |
 |           |                            | DONE if no token was asked for                           |
 | decide    | DECODING                   | the same, or DONE when the answer is complete, or FILLING |
 |           |                            | when more given blocks follow than decode rows may seal   |
-| retract   | FILLING, DECODING          | WAITING; the live blocks keep what they have decided      |
+| retract   | LOADING, FILLING, DECODING | WAITING; the live blocks keep what they have decided      |
 | end       | any but DONE               | DONE                                                     |
 
 This file knows nothing of KV pages: the host's pools are told by the scheduler, which checks that both agree.
@@ -52,6 +53,7 @@ class Phase(enum.Enum):
     """Where a request stands; see the table above."""
 
     WAITING = enum.auto()
+    LOADING = enum.auto()
     FILLING = enum.auto()
     DECODING = enum.auto()
     DONE = enum.auto()
@@ -118,12 +120,22 @@ class Request(Generic[P]):
 
     # --- moves, in the order of a request's life -------------------------------------------------------------------
 
-    def admit(self, cached: int) -> None:
-        """Take part in steps; the KV of [0, cached) is final already (whole blocks, at most up to the live one)."""
+    def admit(self, cached: int, *, loading: bool = False) -> None:
+        """Take part in steps; the KV of [0, cached) is final already (whole blocks, at most up to the live one).
+
+        With `loading` it will be: no step has rows of the request until load() says that it is there.
+        """
         self._expect("admit", Phase.WAITING)
         if cached % self.block_size or not 0 <= cached <= self.live_from:
             raise IntegrityError(f"{self.rid}: {cached} cached positions before a live block at {self.live_from}")
         self.filled = cached
+        self.phase = Phase.LOADING
+        if not loading:
+            self.load()
+
+    def load(self) -> None:
+        """Note that the KV of [0, filled) is there."""
+        self._expect("load", Phase.LOADING)
         self.phase = Phase.FILLING
         self._catch_up()
 
@@ -180,7 +192,7 @@ class Request(Generic[P]):
 
     def retract(self) -> None:
         """Give up all KV. The live blocks stay as they are, and the output goes on as if nothing had happened."""
-        self._expect("retract", Phase.FILLING, Phase.DECODING)
+        self._expect("retract", Phase.LOADING, Phase.FILLING, Phase.DECODING)
         self.blocks = [replace(block) for block in self.blocks]  # others: whoever keeps rows of these has a lost place
         self.filled = 0
         self.phase = Phase.WAITING

@@ -21,11 +21,11 @@ class Table:
             raise IntegrityError(f"{request.rid}: added twice")
         self._requests[request.rid] = request
 
-    def readmit(self, rid: str, cached: int) -> None:
-        """Admit a waiting request, behind all that run."""
+    def readmit(self, rid: str, cached: int, *, loading: bool = False) -> None:
+        """Admit a waiting request, behind all that run; as Request.admit()."""
         request = self._requests.pop(rid)
         self._requests[rid] = request
-        request.admit(cached)
+        request.admit(cached, loading=loading)
 
     def drop(self, rid: str) -> None:
         """End a request from outside (abort, error) and drop it; unknown ids are fine, they never got here."""

@@ -55,15 +55,18 @@ def test_a_request_waits_if_most_of_it_is_coming_and_only_then(seed: int) -> Non
         if request.live_from and rng.random() < 0.5:
             cached = rng.randrange(request.live_from // T) * T
             filling.add(request, cached)
-            request.admit(cached)
+            request.admit(cached, loading=rng.random() < 0.3)
             alive.append(request)
         for other in alive:
-            if rng.random() < 0.2:
+            if other.phase is Phase.LOADING:
+                if rng.random() < 0.5:
+                    other.load()
+            elif rng.random() < 0.2:
                 other.fill(1)
             elif rng.random() < 0.1:
                 other.retract()
         filling.settle()
-        alive = [other for other in alive if other.phase is Phase.FILLING]
+        alive = [other for other in alive if other.phase in (Phase.LOADING, Phase.FILLING)]
     assert waited > 10
     for other in alive:
         other.retract()

@@ -37,7 +37,7 @@ def see(request: Request[None], *blocks: list[int], done: int = 0) -> int:
 def in_phase(phase: Phase, **rules: Any) -> Request[None]:
     request = make(**rules)
     if phase is not Phase.WAITING:
-        request.admit(0 if phase is Phase.FILLING else 4)
+        request.admit(0 if phase is Phase.FILLING else 4, loading=phase is Phase.LOADING)
     if phase is Phase.DONE:
         request.end(Ending.OUTSIDE)
     return request
@@ -46,14 +46,19 @@ def in_phase(phase: Phase, **rules: Any) -> Request[None]:
 MOVES: dict[str, tuple[Callable[[Request[None]], object], dict[Phase, Phase]]] = {
     "admit": (lambda r: r.admit(0), {Phase.WAITING: Phase.FILLING}),
     "admit cached": (lambda r: r.admit(4), {Phase.WAITING: Phase.DECODING}),
+    "admit while it loads": (lambda r: r.admit(4, loading=True), {Phase.WAITING: Phase.LOADING}),
+    "load": (lambda r: r.load(), {Phase.LOADING: Phase.DECODING}),
     "fill": (lambda r: r.fill(1), {Phase.FILLING: Phase.DECODING}),
     "fill nothing": (lambda r: r.fill(0), {Phase.FILLING: Phase.FILLING, Phase.DECODING: Phase.DECODING}),
     "decide": (lambda r: decide(r, 5, 5), {Phase.DECODING: Phase.DECODING}),
     "decide the end": (lambda r: decide(r, 5, EOS), {Phase.DECODING: Phase.DONE}),
-    "retract": (lambda r: r.retract(), {Phase.FILLING: Phase.WAITING, Phase.DECODING: Phase.WAITING}),
+    "retract": (
+        lambda r: r.retract(),
+        dict.fromkeys((Phase.LOADING, Phase.FILLING, Phase.DECODING), Phase.WAITING),
+    ),
     "end": (
         lambda r: r.end(Ending.OUTSIDE),
-        {Phase.WAITING: Phase.DONE, Phase.FILLING: Phase.DONE, Phase.DECODING: Phase.DONE},
+        dict.fromkeys((Phase.WAITING, Phase.LOADING, Phase.FILLING, Phase.DECODING), Phase.DONE),
     ),
 }
 

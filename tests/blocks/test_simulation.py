@@ -88,7 +88,7 @@ def denoise(request: Request[None], rng: random.Random) -> list[Decided]:
 
 def running(table: Table) -> list[Request[None]]:
     """Requests that hold KV, oldest admission first."""
-    return [request for request in table if request.phase in (Phase.FILLING, Phase.DECODING)]
+    return [request for request in table if request.phase in (Phase.LOADING, Phase.FILLING, Phase.DECODING)]
 
 
 class Pool:
@@ -144,10 +144,15 @@ def test_nothing_is_held_and_every_answer_is_right_after_two_thousand_requests(s
             if not pool.grow(request.rid, request.live_to):
                 pool.free(request.rid)
                 break
-            table.readmit(waiting.pop(0), cached=rng.randrange(request.live_from // T + 1) * T)
+            cached = rng.randrange(request.live_from // T + 1) * T
+            table.readmit(waiting.pop(0), cached, loading=rng.random() < 0.3)
+        for request in running(table):  # copies that are done
+            if request.phase is Phase.LOADING and rng.random() < 0.5:
+                request.load()
         while True:  # plan; retract the youngest until the rest has its pages
             plan = next_step(table, budget)
             assert len(plan.rows) <= most_rows(len(running(table)), budget, EACH)
+            assert all(row.request.phase is not Phase.LOADING for row in plan.rows)
             if all([pool.grow(row.request.rid, row.start + T) for row in plan.rows]):
                 break
             victim = running(table)[-1]

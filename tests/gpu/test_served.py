@@ -1,4 +1,4 @@
-"""On devices: attention backends against the reference, graphs against eager steps, several ranks against one.
+"""On devices: attention backends and tiers of KV against the reference, graphs against eager steps, ranks against one.
 
 Not run yet. The host has no norms in fp32 on CUDA, so what is served is in bf16, and most answers, not all, are the
 reference's. The trained checkpoint has heads of 32, which FlashInfer does not have kernels for; FlashInfer is
@@ -63,6 +63,24 @@ def test_served_output_is_the_references(graphs: str, cases: list[Case], tmp_pat
     with serving(TINY, tmp_path / "log", "--dtype", "bfloat16", "--cuda-graph-backend-decode", graphs) as server:
         answers = server.generate_all([case.prompt for case in cases], NEW_TOKENS, 32)
     agree(cases, answers, f"on a GPU, graphs {graphs}")
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+@pytest.mark.parametrize("copies", [("kernel", "page_first"), ("kernel", "layer_first"), ("direct", "layer_first")])
+def test_kv_comes_back_from_host_memory(
+    policy: str, copies: tuple[str, str], cases: list[Case], tmp_path: Path
+) -> None:
+    """Prompts that take many times what the device holds, so that each comes back once the others have been there."""
+    backend, layout = copies
+    how = ["--hicache-io-backend", backend, "--hicache-mem-layout", layout, "--hicache-write-policy", policy]
+    flags = ["--max-total-tokens", "4096", "--enable-hierarchical-cache", "--hicache-ratio", "12", *how]
+    with serving(TINY, tmp_path / "log", "--dtype", "bfloat16", "--enable-cache-report", *flags) as server:
+        for turn in ("first", "second"):
+            answers = server.generate_all([case.prompt for case in cases], NEW_TOKENS, 16)
+            agree(cases, answers, f"on a GPU, {turn} time")
+        server.flush()
+    found = [answer["meta_info"].get("cached_tokens_details") or {} for answer in answers]
+    assert sum(each.get("host", 0) for each in found) > 0.5 * sum(len(case.prompt) for case in cases)
 
 
 @two_devices

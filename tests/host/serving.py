@@ -88,8 +88,14 @@ class Server:
 
 def events(reply: requests.Response) -> list[dict[str, Any]]:
     """The JSON events of a stream of /generate."""
-    lines = [line.removeprefix(b"data: ") for line in reply.iter_lines() if line]
-    return [json.loads(line) for line in lines if line != b"[DONE]"]
+    return list(each_event(reply))
+
+
+def each_event(reply: requests.Response) -> Iterator[dict[str, Any]]:
+    """The JSON events of a stream of /generate, as they come."""
+    for line in filter(None, reply.iter_lines()):
+        if (event := line.removeprefix(b"data: ")) != b"[DONE]":
+            yield json.loads(event)
 
 
 def free_port() -> int:
@@ -119,8 +125,8 @@ def launch(
     port = free_port()
     flags = ["--model-path", str(model), "--port", str(port), *args]
     variables = warm.environment() | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-    if warm.WARM and not cold and module == warm.COMMAND:
-        return warm.WarmServer(flags, log, variables, ROOT), f"http://127.0.0.1:{port}"
+    if warm.WARM and not cold and module in (warm.COMMAND, warm.LATE):
+        return warm.WarmServer(module, flags, log, variables, ROOT), f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],

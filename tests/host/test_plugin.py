@@ -72,7 +72,7 @@ def test_mode_on_puts_everything_of_ours_in_place_once() -> None:
     assert report["algorithms"]["Threshold"] == "sglang_llada.host.start.algorithm"
     assert report["algorithms"]["LowConfidence"].startswith("sglang.")  # other architectures use it
     assert report["config"] == "sglang_llada.llada2.config"
-    assert report["steps"] == {"handle_missing_default_values": 1}
+    assert report["steps"] == {"handle_missing_default_values": 1, "handle_dllm_inference": 1}
     assert set(report["hooks"].values()) == {1}
     assert set(report["hooks"]) <= set(report["patched"])  # the host only logs a hook that finds no target
     assert not report["registry imported"]  # 3 s in processes that never look a model up
@@ -370,7 +370,8 @@ ASKING = {
     "--disaggregation-mode": {"disaggregation_mode": "prefill"},
     "--speculative-algorithm": {"speculative_algorithm": "EAGLE"},
     "--enable-lora and --lora-paths": {"enable_lora": True},
-    "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
+    "--hicache-host-memory-mode buffer_only": {"hicache_host_memory_mode": "buffer_only"},
+    "--enable-unified-cache-external-linker": {"enable_unified_cache_external_linker": True},
     "--enable-lmcache": {"enable_lmcache": True},
     "--enable-flexkv": {"enable_flexkv": True},
     "--enable-mixed-chunk": {"enable_mixed_chunk": True},

@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 
 COMMAND = "sglang.launch_server"
+LATE = "tests.host.late"  # the command with copies that take time; what it changes is inherited
 WARM = os.environ.get("TEST_SERVERS") != "cold"
 MODULES = [
     "sglang_llada.host.requests.http_app",  # which loads the plugins first, as the plain command does
@@ -63,9 +64,9 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], variables: dict[str
 class WarmServer:
     """What tests use of a subprocess.Popen."""
 
-    def __init__(self, args: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
+    def __init__(self, module: str, args: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
         self.args = args
-        self._process = fork(serve, (args, log, folder), variables)
+        self._process = fork(serve, (module, args, log, folder), variables)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -89,7 +90,7 @@ class WarmServer:
         self._process.kill()
 
 
-def serve(args: list[str], log: Path, folder: Path) -> None:
+def serve(module: str, args: list[str], log: Path, folder: Path) -> None:
     """In the forked process: become the leader of a session, and run the command as `python -m` does."""
     os.setsid()
     os.chdir(folder)
@@ -98,8 +99,8 @@ def serve(args: list[str], log: Path, folder: Path) -> None:
         os.dup2(out, stream)
     os.register_at_fork(after_in_child=take_threads)
     multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
-    sys.argv = [COMMAND, *args]
-    runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+    sys.argv = [module, *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def take_threads() -> None:

@@ -19,6 +19,7 @@ from sglang_llada.errors import ConfigError
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.failures import Failures
 from sglang_llada.host.engine.pages import Pages
+from sglang_llada.host.engine.tiers import Tiers, cache_key
 from sglang_llada.host.requests.canvas import as_prompt
 from sglang_llada.host.requests.shaping import shaping_of
 from sglang_llada.host.requests.stops import MOST_TAIL
@@ -43,6 +44,7 @@ class Admission:
         host: Any,
         table: Table,
         pages: Pages,
+        tiers: Tiers,
         booking: Booking,
         failures: Failures,
         *,
@@ -52,7 +54,7 @@ class Admission:
         defaults: DecodeConfig,
         usual_stops: Set[int],
     ) -> None:
-        self.host, self.table, self.pages = host, table, pages
+        self.host, self.table, self.pages, self.tiers = host, table, pages, tiers
         self.booking, self.failures = booking, failures
         self.facts, self.vocabulary, self.defaults, self.usual_stops = facts, vocabulary, defaults, usual_stops
         self.fresh = fresh(facts.block_size, tokens)
@@ -93,7 +95,7 @@ class Admission:
                 self.finish_unadmitted(req)
                 continue
             try:
-                if self._is_being_filled(req):
+                if self._is_being_filled(req) or self._is_being_fetched(req):
                     continue
                 while not (fits := self._fits(req, adder)):
                     self._admit(adder.can_run_list)
@@ -116,6 +118,15 @@ class Admission:
             return False
         return self.filling.brings(request, worth)
 
+    def _is_being_fetched(self, req: Any) -> bool:
+        """Whether storage is still asked for what a request begins with, or anew for what has gone meanwhile."""
+        if not self.host.enable_hicache_storage:
+            return False
+        if not self.tiers.has_fetched(req):
+            return True
+        self._match(req)
+        return bool(self.host._prefetch_after_device_hit_loss(req))
+
     def _adder(self) -> Any:
         """The host's admission by KV budget, without chunks: rows are budgeted by the planner."""
         return self.host.get_prefill_adder_class()(
@@ -134,11 +145,20 @@ class Admission:
         )
 
     def _fits(self, req: Any, adder: Any) -> bool:
-        """Match a waiting request's whole blocks in the radix tree and reserve KV for it; False if there is no room."""
+        """Reserve KV for a waiting request, behind what is cached of it; False if there is no room."""
         if self.host.get_num_allocatable_reqs(len(self.host.running_batch.reqs)) <= len(adder.can_run_list):
             return False
         if adder.budget_state() != AddReqResult.CONTINUE:
             return False
+        self._match(req)
+        adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
+        fits = req in adder.can_run_list[-1:]
+        if fits:
+            self.filling.add(self._request_of(req), req.prefix_len)
+        return fits
+
+    def _match(self, req: Any) -> None:
+        """Look up how many of a request's whole blocks are cached, on the device and in host memory."""
         request = self._request_of(req)
         req.refresh_fill_ids()
         read_from = None if request.params.report is None else request.params.report.prompt_from
@@ -146,11 +166,6 @@ class Admission:
         match = match_kv_cache(req, self.host.tree_cache, req.full_untruncated_fill_ids, max_prefix_len=reach)
         if match.cache_protected_len is None:
             req.kv.cache_protected_len = req.prefix_len
-        adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
-        fits = req in adder.can_run_list[-1:]
-        if fits:
-            self.filling.add(request, req.prefix_len)
-        return fits
 
     def _admit(self, reqs: list[Any]) -> None:
         """Give requests that fit a row of req_to_token, their cached prefix, and pages up to their live block."""
@@ -163,7 +178,7 @@ class Admission:
             self.host.running_batch.reqs.append(req)
             req.kv.kv_allocated_len = req.kv.kv_committed_len = req.prefix_len
             try:
-                self.pages.place(req)
+                self.pages.place(req, loading=self.tiers.awaits(req))
             except Exception as error:
                 self.failures.note(req.rid, error)
         admitted = [self.table[req.rid] for req in reqs if req.rid not in self.failures]
@@ -243,8 +258,3 @@ class Admission:
         self.host._release_aborted_request(req)
         req.update_finish_state(0)
         self.booking.send([req])
-
-
-def cache_key(req: Any) -> tuple[Any, Any]:
-    """What keeps a request's cached blocks apart from others of the same tokens."""
-    return req.extra_key, req.cache_salt

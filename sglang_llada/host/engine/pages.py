@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sglang.srt.managers.schedule_batch import release_req
+from sglang.srt.managers.schedule_batch import release_req, split_cached_prefix_by_tier
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.runtime_context import get_serving
 
 from sglang_llada.blocks import Plan, Row, RowKind, Table
 from sglang_llada.host.engine.executor import to_device
 from sglang_llada.host.engine.failures import Failures, log
+from sglang_llada.host.engine.tiers import Tiers
 
 
 class Pages:
@@ -22,8 +23,8 @@ class Pages:
         host: the host's scheduler, which owns pools and tree.
     """
 
-    def __init__(self, host: Any, table: Table, failures: Failures, block_size: int) -> None:
-        self.host, self.table, self.failures, self.block_size = host, table, failures, block_size
+    def __init__(self, host: Any, table: Table, tiers: Tiers, failures: Failures, block_size: int) -> None:
+        self.host, self.table, self.tiers, self.failures, self.block_size = host, table, tiers, failures, block_size
         self.reqs: dict[str, Any] = {}
 
     def ensure_rows(self, rows: list[Row]) -> bool:
@@ -54,20 +55,27 @@ class Pages:
             request.room = kv.kv_allocated_len = kv.kv_committed_len = upto
         return True
 
-    def place(self, req: Any) -> None:
-        """Let a request begin on its row of req_to_token, behind its cached prefix."""
+    def place(self, req: Any, *, loading: bool) -> None:
+        """Let a request begin on its row of req_to_token, behind its cached prefix, which may be `loading`."""
         request, row, cached = self.table[req.rid], req.kv.req_pool_idx, req.prefix_len
         if cached:
             prefix = self.host.tree_cache.prefix_device_indices(req)
             self.host.req_to_token_pool.write((row, slice(0, cached)), prefix)
         request.slot, request.room = row, cached
-        self.table.readmit(req.rid, cached)
+        self.table.readmit(req.rid, cached, loading=loading)
         if not req.retracted_stain:
-            req.cached_tokens = req.cached_tokens_device = cached
+            req.cached_tokens = cached
+            req.cached_tokens_device, req.cached_tokens_host, req.cached_tokens_storage = split_cached_prefix_by_tier(
+                cached,
+                req.materialized_host_hit_len(),
+                req.storage_hit_length,
+                req.storage_hit_start,
+                req.host_hit_is_storage,
+            )
         self.host.processed_tokens_counter += request.live_from - request.filled
 
     def insert(self, req: Any, upto: int) -> None:
-        """Insert a request's filled blocks before `upto` into the radix tree, if they are not there.
+        """Insert a request's filled blocks before `upto` into the radix tree, if they are not there or on their way.
 
         The tree goes over the whole prefix each time, so this is for prompts, once they are filled, and for answers,
         once their requests let go of them.
@@ -77,6 +85,8 @@ class Pages:
             final = min(final, len(req.origin_input_ids) // self.block_size * self.block_size)
         if final > req.kv.cache_protected_len and not (self.host.tree_cache.disable or req.skip_radix_cache_insert):
             req.refresh_fill_ids()
+            if self.tiers.is_loading(req, final):
+                return
             self.host.tree_cache.checkpoint(req, up_to=final)
 
     def share(self, plan: Plan) -> None:

@@ -2,8 +2,8 @@
 
 The host keeps what is not diffusion: receiving, tokenizers, the waiting queue and its policy, admission by KV budget,
 the radix tree, the pools, streaming, aborts, pauses, metrics. This class is the loop; what it works with has files of
-its own: admission, pages, pipeline, booking, endings. `self.running_batch.reqs` always lists the host requests that
-hold KV, so that the host's own checks and reports see them.
+its own: admission, tiers, pages, pipeline, booking, endings. `self.running_batch.reqs` always lists the host requests
+that hold KV, so that the host's own checks and reports see them.
 
 One turn of the loop: take in requests and admit them (the device may still be busy with the last step), read the last
 step, take those of its decisions that the next one's rows depend on, launch that, and only then take the others and
@@ -50,6 +50,7 @@ from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
 from sglang_llada.host.engine.ranks import naming_a_loss, rows_of_ranks
 from sglang_llada.host.engine.streaming import LladaOutputStreamer
+from sglang_llada.host.engine.tiers import Tiers
 from sglang_llada.host.facts import decode_config, facts_of, is_ours, row_budget
 from sglang_llada.host.requests.wishes import ends_of_tokenizer
 
@@ -91,16 +92,14 @@ class LladaScheduler(Scheduler):
         self.table = Table()
         self.failures = Failures((lambda: None) if metrics is None else metrics.failed.inc)
         self.pipeline = Pipeline(executor, self.failures, facts.mask_id)
-        self.pages = Pages(self, self.table, self.failures, facts.block_size)
+        self.tiers = Tiers(self, self.table, facts.block_size)
+        self.pages = Pages(self, self.table, self.tiers, self.failures, facts.block_size)
         parts = (self, self.table, self.pages, self.pipeline, self.failures)
         self.endings = Endings(*parts, peers)
         self.booking = Booking(*parts, self.endings, metrics)
+        helpers = (self, self.table, self.pages, self.tiers, self.booking, self.failures)
         self.admission = Admission(
-            self,
-            self.table,
-            self.pages,
-            self.booking,
-            self.failures,
+            *helpers,
             facts=facts,
             tokens=tokens_of(facts),
             vocabulary=vocabulary,
@@ -145,7 +144,9 @@ class LladaScheduler(Scheduler):
                 self._turn()
 
     def _turn(self) -> None:
+        self.tiers.poll()
         self.admission.admit_waiting()
+        self.tiers.start()
         busy = bool(self.pipeline.flights)
         ahead = self._launch_ahead()
         self.pipeline.read()
@@ -206,7 +207,7 @@ class LladaScheduler(Scheduler):
                 return plan
             if self.pipeline.untold:
                 self.booking.book()  # may end requests and so free pages
-            else:
+            elif not self.tiers.finish():  # copies to and from host memory hold pages, too
                 self._retract_one()
 
     def _next_step(self, carried: list[Row]) -> Plan:
@@ -264,6 +265,7 @@ class LladaScheduler(Scheduler):
             self.pipeline.take_rest()
         self.endings.end_aborted()
         self.booking.book()
+        self.tiers.finish()
 
     def _retract_one(self) -> None:
         """Take the KV of the request that the host's policy would give up first."""

@@ -209,6 +209,9 @@ def bindings(scope: ast.AST) -> Iterator[tuple[ast.AST, str]]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 yield node, alias.asname or alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node, alias.asname or alias.name
         elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             yield from bindings(node)
 

@@ -74,7 +74,7 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.backends import ATTENTION_BACKEND
-    from sglang_llada.host.start.arguments import correct_facts, fill_in, settle_quantisation
+    from sglang_llada.host.start.arguments import correct_facts, fill_in, keep_tiers, settle_quantisation
     from sglang_llada.host.start.devices import fill_in_platform
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -92,6 +92,8 @@ def hook_arguments(mode: Mode) -> None:
     add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
+    if mode is Mode.ON:
+        register_resolution_hook("handle_dllm_inference")(keep_tiers)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
     verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
     HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
@@ -113,16 +115,17 @@ def load_in_http_processes() -> None:
 
 
 def prepare_cpu() -> bool:
-    """On our CPU platform, repair the host's expert layers, and bring products for determinism; whether it replays."""
+    """On our CPU platform, repair what of the host is wrong or missing there; whether it is to replay graphs."""
     from sglang.srt.platforms import current_platform
 
     if not type(current_platform).__module__.startswith("sglang_llada."):
         return False
     from sglang_llada.host.cpu import experts as cpu_experts
-    from sglang_llada.host.cpu import invariant
+    from sglang_llada.host.cpu import invariant, transfers
 
     cpu_experts.install()
     invariant.install()
+    transfers.install()
     replays: bool = current_platform.replays
     return replays
 

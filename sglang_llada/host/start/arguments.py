@@ -65,7 +65,7 @@ class Refusal:
     asks: Callable[[Any], Any]
 
 
-LARGER_CACHE = "--mem-fraction-static and --kv-cache-dtype fp8_e4m3 make room for a larger cache"
+TIERS = "--enable-hierarchical-cache, with --hicache-storage-backend"
 AS_IT_IS = "leave it out"
 
 # The host would turn most of these off with a warning. Fields are those of its ServerArgs.
@@ -86,9 +86,10 @@ REFUSALS = (
         "a checkpoint that the adapter is merged into",
         lambda a: a.enable_lora or a.lora_paths,
     ),
-    Refusal("--enable-hierarchical-cache", LARGER_CACHE, lambda a: a.enable_hierarchical_cache),
-    Refusal("--enable-lmcache", LARGER_CACHE, lambda a: a.enable_lmcache),
-    Refusal("--enable-flexkv", LARGER_CACHE, lambda a: a.enable_flexkv),
+    Refusal("--hicache-host-memory-mode buffer_only", AS_IT_IS, lambda a: a.hicache_host_memory_mode == "buffer_only"),
+    Refusal("--enable-unified-cache-external-linker", TIERS, lambda a: a.enable_unified_cache_external_linker),
+    Refusal("--enable-lmcache", TIERS, lambda a: a.enable_lmcache),
+    Refusal("--enable-flexkv", TIERS, lambda a: a.enable_flexkv),
     Refusal("--enable-mixed-chunk", AS_IT_IS, lambda a: a.enable_mixed_chunk),
     Refusal("--no-dllm-fdfo", AS_IT_IS, lambda a: not a.dllm_fdfo),
     Refusal("--is-embedding", "a model that embeds", lambda a: a.is_embedding),
@@ -146,6 +147,16 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         if args.device == "cuda":
             chosen |= cuda_options(args, model.head_dim)
     declare_resolution(server_args, "sglang_llada", **chosen)
+
+
+def keep_tiers(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Around the host's step for diffusion models, which turns the hierarchical cache off: ours uses it."""
+    args = resolving_view(server_args)
+    if not (args.enable_hierarchical_cache and ARCHITECTURE in architectures(args.model_path, args.revision)):
+        return previous(server_args)
+    declare_resolution(server_args, "sglang_llada", enable_hierarchical_cache=False)  # or the step warns of it
+    previous(server_args)
+    declare_resolution(server_args, "sglang_llada", enable_hierarchical_cache=True)
 
 
 def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, Any]:

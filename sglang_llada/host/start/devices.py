@@ -46,6 +46,9 @@ def fill_in_platform(server_args: Any) -> None:
         device=current_platform.device_type,
         disable_cuda_graph=True,
         **cpu_attention(args),
+        # Of the host's ways to copy KV between its tiers, the one without kernels of a device.
+        hicache_io_backend="direct",
+        hicache_mem_layout="layer_first",
         max_total_tokens=args.max_total_tokens or KV_TOKENS,
         dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
     )

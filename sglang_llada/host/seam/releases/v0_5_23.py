@@ -20,6 +20,7 @@ MANY_TOKENS = "the host's detectors take pieces of many tokens"
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
 PROFILES = "the host goes on after a profile that fails"
+TIERS = "the host keeps its hierarchical cache with diffusion models, and its scheduler is ours no longer"
 BOUNDED = "the host bounds every field of a request before it uses it"
 DRAINS = "the host refuses new requests while it shuts down, and waits for its answers to be written"
 ENGINE_GENERATE = (
@@ -68,6 +69,54 @@ SEAMS: tuple[Seam, ...] = (
     *fields("sglang.srt.arg_groups.fields.serving:Serving",
             "chat_template tokenizer_path tool_call_parser reasoning_parser",
             "the parsers that a checkpoint's chat template asks for", "the host's `auto` knows LLaDA2's templates"),
+    # Tiers of KV
+    Seam("sglang.srt.arg_groups.dllm_hook:handle_dllm_inference", Kind.HOOK, "(server_args)",
+         "turns the hierarchical cache off", TIERS),
+    *fields("sglang.srt.arg_groups.fields.memory:Memory",
+            "enable_hierarchical_cache hicache_host_memory_mode hicache_io_backend hicache_mem_layout "
+            "enable_unified_cache_external_linker",
+            "which tiers there are, and how KV is copied", TIERS),
+    *fields("sglang.srt.managers.scheduler:Scheduler", "enable_hierarchical_cache enable_hicache_storage",
+            "which tiers there are", TIERS),
+    Seam("sglang.srt.managers.scheduler:Scheduler._process_hicache_events", Kind.USE,
+         "(self, should_retry_storage_prefetch)",
+         "sends copies on their way, and takes note of those that are done", TIERS),
+    Seam("sglang.srt.managers.scheduler:Scheduler._prefetch_after_device_hit_loss", Kind.USE, "(self, req)",
+         "asks storage for what was evicted while a request waited", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.check_prefetch_progress", Kind.USE,
+         "(self, request)", "whether storage has answered", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.pop_prefetch_loaded_span", Kind.USE,
+         "(self, request)", "what storage had", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.has_free_load_back_slot", Kind.USE, "(self)",
+         "whether more may be loaded", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.ready_to_load_host_cache", Kind.USE, "(self)",
+         "loads what admission asked for", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.writing_check", Kind.USE,
+         "(self, write_back, finish_count)", "waits for copies to host memory", TIERS),
+    Seam("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.loading_check", Kind.USE, "(self, finish_count)",
+         "takes note of loads that were waited for", TIERS),
+    *fields("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
+            "cache_controller ongoing_load_back storage_prefetch_retries",
+            "what is on its way", TIERS),
+    Seam("sglang.srt.mem_cache.storage_prefetch:StoragePrefetchRetries.cancel", Kind.USE, "(self, req_id)",
+         "a request that runs waits for storage no longer", TIERS),
+    Seam("sglang.srt.managers.cache_controller:HiCacheController.has_inflight_device_transfers", Kind.USE, "(self)",
+         "whether copies hold pages", TIERS),
+    *fields("sglang.srt.managers.cache_controller:HiCacheController", "ack_load_queue",
+            "loads on their way", TIERS),
+    *fields("sglang.srt.managers.cache_controller:HiCacheAck", "finish_event",
+            "the end of one", TIERS),
+    Seam("sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.observe_storage_prefetch_ready", Kind.USE,
+         "(self, ready)", "how long storage was waited for", TIERS),
+    Seam("sglang.srt.managers.schedule_batch:Req.materialized_host_hit_len", Kind.USE, "(self)",
+         "how much of a prefix is loaded", TIERS),
+    *fields("sglang.srt.managers.schedule_batch:Req",
+            "cache_request_handle last_node storage_hit_length storage_hit_start host_hit_is_storage "
+            "cached_tokens_host cached_tokens_storage",
+            "where a prefix comes from", TIERS),
+    Seam("sglang.srt.managers.schedule_batch:split_cached_prefix_by_tier", Kind.USE,
+         "(prefix_len, host_hit_len, storage_hit_len, storage_hit_start, host_hit_is_storage)",
+         "the cache report, by tier", TIERS),
     # Diffusion facts
     Seam("sglang.srt.dllm.config:DllmConfig.__init__", Kind.USE,
          "(self, algorithm, algorithm_config, block_size, mask_id, max_running_requests, first_done_first_out_mode, "
@@ -721,6 +770,14 @@ SEAMS: tuple[Seam, ...] = (
          "reads KV", CPU_ENGINE),
     Seam("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_value_buffer", Kind.USE, "(self, layer_id)",
          "reads KV", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.pool_host.base:HostKVCache._allocate_host_buffer", Kind.HOOK, "(self)",
+         "pins memory of the second tier", CPU_ENGINE),
+    *fields("sglang.srt.mem_cache.pool_host.base:HostKVCache", "pin_memory",
+            "whether it does", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.pool_host.base:HICACHE_HOST_MEMORY_RESERVE_BYTES", Kind.REPLACE, VALUE,
+         "leaves that tier nothing on a small machine", CPU_ENGINE),
+    Seam("sglang.srt.mem_cache.pool_host.mha:transfer_kv_direct", Kind.REPLACE, VALUE,
+         "copies KV between tiers by a kernel", CPU_ENGINE),
     Seam("sglang.srt.layers.dp_attention:memcpy_func", Kind.REPLACE, VALUE,
          "would be a Triton kernel", CPU_ENGINE),
     Seam("sglang.srt.layers.dp_attention:memcpy_cpu", Kind.USE, "(dst, src, dim, offset, sz, offset_src)",
