@@ -28,14 +28,19 @@ BOARD = ROOT / "docs" / "grafana.json"
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`]+)`")
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 VARIABLE = re.compile(r"\bSGLANG_[A-Z_]*[A-Z]\b")
 METRIC = re.compile(r"\bsglang:[a-z0-9_]+")
 PARTS = re.compile(r"_(bucket|sum|count)$")  # of a histogram, under names of their own
 NAMED = re.compile(r"\]\(([^)\s]+\.py)\): ((?:`\w+`(?:, (?:and )?| and )?)+)")
 PATH = re.compile(r"(?:\.ci|bench|docs|examples|patches|sglang_llada|tests|blocks|decode|host|llada2)/[\w./-]*\w")
-OTHERS = {"sglang.launch_server", "sglang.bench_serving"}  # modules of the host, whose flags are looked up as flags
+# Modules of the host, whose flags are looked up as flags, and of its router, which is not installed here.
+OTHERS = {"sglang.launch_server", "sglang.bench_serving", "sglang.test.run_eval", "sglang.test.few_shot_gsm8k"}
+OTHERS |= {"sglang_router.launch_router"}
 TOOLS = {"--strict", "--check"}  # flags of mypy and ruff
+TOOLS |= set("--tasks --apply_chat_template --gen_kwargs --model_args --include_path --model".split())  # of lm-eval
+TOOLS |= {"--worker-urls", "--policy", "--balance-abs-threshold"}  # of the router, and so are the next two
+TOOLS |= {"--health-check-interval-secs", "--health-failure-threshold"}
 
 Check = Callable[[str], list[str]]
 
@@ -239,7 +244,9 @@ def wrong_make(line: str) -> list[str]:
 def unknown_flags(text: str) -> list[str]:
     """Flags that neither a source here nor the host knows."""
     ours = texts("sglang_llada", "bench", "examples", "tests")
-    theirs = host_texts("srt/arg_groups/**/*.py", "srt/server_args.py", "bench_serving.py", "benchmark/**/*.py")
+    theirs = host_texts(
+        "srt/arg_groups/**/*.py", "srt/server_args.py", "bench_serving.py", "benchmark/**/*.py", "test/*.py"
+    )
     flags = {flag for line in code(text) for flag in FLAG.findall(line)} - TOOLS
     return [
         f"nothing takes {flag}"
