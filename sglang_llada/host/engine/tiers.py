@@ -94,8 +94,10 @@ class Tiers:
 
     def finish(self) -> bool:
         """Wait for all copies, which hold on to KV; whether there were any."""
+        if not self.host.enable_hierarchical_cache:
+            return False
         tree = self.host.tree_cache
-        if not (self.host.enable_hierarchical_cache and tree.cache_controller.has_inflight_device_transfers()):
+        if not tree.cache_controller.has_inflight_device_transfers():
             return False
         self.start()
         tree.writing_check(write_back=True)
