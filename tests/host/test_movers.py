@@ -212,7 +212,7 @@ def test_counts_of_a_request_are_numbers(server: Server) -> None:
     for meta in [each["meta_info"] for each in (*several, seen[-1])]:
         assert (meta["dllm_steps"], meta["dllm_forward_counts"]) == (counts[0], counts[2])
     so_far = [event["meta_info"]["dllm_steps"] for event in seen]
-    assert so_far == sorted(so_far) and so_far[0] >= 1 and len(set(so_far)) > 2
+    assert so_far == sorted(so_far) and 1 <= so_far[0] < so_far[-1]
     for event in seen:
         assert event["meta_info"]["dllm_forward_counts"] == counts[2][: len(event["meta_info"]["dllm_forward_counts"])]
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 9, "return_meta_info": True}
