@@ -19,6 +19,7 @@ from tests.host import warm
 from tests.host.conftest import TINY, Case, compare
 from tests.host.late import LONG_TURNS, MANY
 from tests.host.serving import Server, each_event, serving
+from tests.sizes import size
 
 pytestmark = pytest.mark.host
 
@@ -185,7 +186,7 @@ def test_nothing_leaks_of_requests_that_end_while_they_load(late: Server, workin
     """The server empties both tiers when it is flushed, and ends if something is left."""
     rng = random.Random(3)
     ask_all(late, working_set, "before")
-    asked = [(rng.choice(working_set), rng.random() < 0.5, rng.uniform(0.01, 0.2)) for _ in range(30)]
+    asked = [(rng.choice(working_set), rng.random() < 0.5, rng.uniform(0.01, 0.2)) for _ in range(size(20, 60))]
 
     def ask(case: Case, leaves: bool, patience: float) -> dict[str, Any] | None:
         if not leaves:
