@@ -42,6 +42,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16
             device="cpu",
             dtype=torch.bfloat16,
             page_size=T,
+            server_args=SimpleNamespace(enable_deterministic_inference=False),
             model_config=SimpleNamespace(head_dim=D),
             req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 64, dtype=torch.int32)),
             token_to_kv_pool=Pool(dtype),

@@ -14,7 +14,6 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.runtime_context import get_exec
 from torch import Tensor
 
 from sglang_llada.errors import ConfigError, IntegrityError
@@ -70,7 +69,7 @@ class KernelAttention(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.block_size: int = model_runner.page_size  # a page is a block
         # How keys are split follows from the number of rows, and so would the order of sums.
-        self.splits = 1 if get_exec().deterministic.enable_deterministic_inference else None
+        self.splits = 1 if model_runner.server_args.enable_deterministic_inference else None
         card = torch.cuda.get_device_properties(model_runner.device)
         settings = attention_triton.settings_for(model_runner.dtype.itemsize, (card.major, card.minor))
         self.launcher = attention_triton.Device.make(
