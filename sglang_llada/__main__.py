@@ -1,4 +1,5 @@
-"""`python -m sglang_llada env | check | algorithms`: what is installed, whether it fits the host, what it can decode.
+"""`python -m sglang_llada env | check | algorithms | view`: what is installed, whether it fits the host, what it can
+decode, and how answers came.
 
 `check --model PATH` says what is read of a checkpoint instead, and what a start with it would refuse. Imports nothing
 of the host, so every answer comes at once, also where the host does not start.
@@ -13,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import sglang_llada
 from sglang_llada import config, options, plugin
@@ -28,27 +30,35 @@ WHITELIST_VARIABLE = "SGLANG_PLUGINS"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; exit status 0 if all is well, 1 if something differs, is excluded or set wrongly."""
     parser = argparse.ArgumentParser(prog="python -m sglang_llada", description=sglang_llada.__doc__)
-    commands = {"env": show_env, "check": show_check, "algorithms": show_algorithms}
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("--model", help="with check: a checkpoint, as --model-path of the server takes it")
-    parser.add_argument("--revision", help="with check --model: a branch, tag or commit of its repository")
-    parser.add_argument("--json", action="store_true", help="with algorithms: the JSON schema of custom_params")
+    commands = {"env": show_env, "check": show_check, "algorithms": show_algorithms, "view": show_view}
+    sub = parser.add_subparsers(dest="command", required=True)
+    parsers = {name: sub.add_parser(name, description=command.__doc__) for name, command in commands.items()}
+    parsers["check"].add_argument("--model", help="a checkpoint, as --model-path of the server takes it")
+    parsers["check"].add_argument("--revision", help="a branch, tag or commit of its repository")
+    parsers["algorithms"].add_argument("--json", action="store_true", help="the JSON schema of custom_params")
+    add_view_flags(parsers["view"])
     args = parser.parse_args(argv)
-    if args.model is not None and args.command != "check":
-        parser.error(f"--model goes with check, not with {args.command}")
-    if args.json:
-        if args.command != "algorithms":
-            parser.error(f"--json goes with algorithms, not with {args.command}")
-        print(json.dumps(options.schema(), indent=2))
-        return 0
     try:
-        return commands[args.command]() if args.model is None else show_model(args.model, args.revision)
+        return commands[args.command](args)
     except (ConfigError, HostMismatch) as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def show_env() -> int:
+def add_view_flags(parser: argparse.ArgumentParser) -> None:
+    """What is shown, and how."""
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the model's server, without a path")
+    parser.add_argument("--api-key", help="its key, if it was started with one")
+    parser.add_argument("--ask", help="a question to begin with")
+    parser.add_argument("--params", type=json.loads, default={}, help="with --ask: custom_params, as JSON")
+    parser.add_argument("--max-tokens", type=int, default=128, help="with --ask: tokens of the answer at most")
+    parser.add_argument("--trace", type=Path, action="append", default=[], help="a saved trace to begin with; or two")
+    parser.add_argument("--save", type=Path, help="no page is served, this file written: .json or .html")
+    parser.add_argument("--host", default="127.0.0.1", help="the page's own address")
+    parser.add_argument("--port", type=int, default=30080, help="and port")
+
+
+def show_env(_: argparse.Namespace) -> int:
     """Versions, machine, mode, and whether the host will load us."""
     mode = config.read_mode(os.environ)
     print(f"sglang-llada  {sglang_llada.__version__}")
@@ -61,8 +71,10 @@ def show_env() -> int:
     return 0
 
 
-def show_check() -> int:
+def show_check(args: argparse.Namespace) -> int:
     """What differs from the table of each release, which of them is in use, and whether the host will load us."""
+    if args.model is not None:
+        return show_model(args.model, args.revision)
     host = check.installed_host()
     print(f"sglang {host.version} in {host.root}")
     compared = check.compare(host)
@@ -93,8 +105,11 @@ def show_model(model: str, revision: str | None) -> int:
     return 1 if found.refusals else 0
 
 
-def show_algorithms() -> int:
+def show_algorithms(args: argparse.Namespace) -> int:
     """Decode algorithms with their parameters."""
+    if args.json:
+        print(json.dumps(options.schema(), indent=2))
+        return 0
     for algorithm, parameters in config.ALGORITHMS.items():
         flags = ", ".join(flag for flag, meant in config.FLAGS.items() if meant == algorithm)
         print(f"{algorithm}  (--dllm-algorithm {flags})")
@@ -111,6 +126,22 @@ def show_algorithms() -> int:
     for key, foreign in config.FOREIGN.items():
         if foreign.ours not in (None, key):
             print(f"  {key:19} means {foreign.ours}")
+    return 0
+
+
+def show_view(args: argparse.Namespace) -> int:
+    """How answers are decided, step by step: a page for questions to a running server, or for saved traces."""
+    from sglang_llada.view import command
+
+    service = command.Service(args.url.rstrip("/"), args.api_key)
+    traces = [command.load(path) for path in args.trace]
+    if args.ask is not None:
+        asked = command.Question([{"role": "user", "content": args.ask}], args.params, args.max_tokens)
+        traces.append(command.collected(service.ask(asked)))
+    if args.save is not None:
+        command.save(traces, args.save)
+    else:
+        command.serve(args.host, args.port, service, traces)
     return 0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from sglang_llada.config import (
@@ -56,7 +56,7 @@ class Options:
     @property
     def custom_params(self) -> dict[str, Any]:
         """The mapping to send."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return {"algorithm": self.algorithm, **{name: value for name, value in given.items() if value is not None}}
 
 
@@ -116,11 +116,15 @@ class Snapshot:
         step: its number among the request's steps, from 1.
         committed: tokens of the answer that were decided for good.
         token_ids: those behind them, None where open.
+        steps: of these, the step of its block that decided or last edited each; empty without `trace`.
+        confidences: their probabilities in that step; empty without `trace`.
     """
 
     step: int
     committed: int
     token_ids: list[int | None]
+    steps: list[int | None] = field(default_factory=list)
+    confidences: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

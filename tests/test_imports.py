@@ -34,13 +34,14 @@ RULES = {
     "errors": Rule(frozenset()),
     "config": Rule(frozenset({"errors"})),
     "options": Rule(BASE),
+    "view": Rule(BASE),
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),
     "llada2": Rule(BASE, frozenset({"torch", "triton", "transformers", "safetensors", "tokenizers"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),
-    "__main__": Rule(PURE | {"host", "plugin", "options"}, ANY),
+    "__main__": Rule(PURE | {"host", "plugin", "options", "view"}, ANY),
 }
 
 

@@ -62,6 +62,10 @@ def test_a_decode_is_read() -> None:
     snapshot = {"step": 1, "committed": 0, "token_ids": [7, None]}
     decode = Decode.of({**META, "step_maps": [1, 2], "dllm_confidences": [0.5, 1.0], "dllm_snapshots": [snapshot]})
     assert decode == Decode(6, 3, 2, [2], [1, 2], [0.5, 1.0], [Snapshot(1, 0, [7, None])], [])
+    traced = {**snapshot, "steps": [1, None], "confidences": [0.5, None]}
+    assert Decode.of({**META, "dllm_snapshots": [traced]}).snapshots == [
+        Snapshot(1, 0, [7, None], [1, None], [0.5, None])
+    ]
     assert decode.tokens_per_forward == 2.0
     assert Decode.of(META).snapshots == []
     with pytest.raises(ValueError, match="has no dllm_nfe, only id; does sglang-llada"):

@@ -47,7 +47,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sglang_llada").rglob("*.py")}
-    sources.add("sglang_llada/py.typed")
+    sources |= {"sglang_llada/py.typed", "sglang_llada/view/page.html"}
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     metadata = {name for name in held if name.split("/")[0].endswith(".dist-info")}

@@ -216,13 +216,18 @@ class Request(Generic[P]):
 
     def standing(self) -> list[int | None]:
         """What stands behind the committed tokens in the live blocks: tokens that may change, None where open."""
+        return [None if block.open >> i & 1 else block.tokens[i] for block, i in self._standing()]
+
+    def standing_notes(self) -> list[Any]:
+        """The notes on these, where `noted`; None where open, and on what is given."""
+        return [None if block.open >> i & 1 else block.notes[i] for block, i in self._standing()]
+
+    def _standing(self) -> list[tuple[Block, int]]:
+        """The positions behind the committed tokens, as live blocks and places in them; none once all is DONE."""
         if self.phase is Phase.DONE:
             return []
-        return [
-            None if block.open >> i & 1 else block.tokens[i]
-            for block in self.blocks
-            for i in range(max(self.known - block.start, 0), self.block_size)
-        ]
+        T = self.block_size
+        return [(block, i) for block in self.blocks for i in range(max(self.known - block.start, 0), T)]
 
     # --- queries ----------------------------------------------------------------------------------------------------
 

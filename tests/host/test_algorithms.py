@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sglang_llada.config import DecodeConfig
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from sglang_llada.view.trajectory import Trajectory
 from tests.host.conftest import NEW_TOKENS, compare, held_out_prompts
 from tests.host.serving import Server, events, serving
 from tests.host.ways import (
@@ -154,6 +155,25 @@ def test_traces_are_the_references(server: Server, prompts: list[list[int]]) -> 
                 assert meta["step_maps"] == want.step_map, way
                 assert meta["dllm_confidences"] == pytest.approx([p for _, p in want.notes], abs=1e-4), way
     assert "step_maps" not in server.generate(prompts[0], 4)["meta_info"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_snapshots_explain_every_answer(server: Server, prompts: list[list[int]], way: str) -> None:
+    """Step by step they lead to its tokens, each put there when and as surely as the trace says."""
+    moves = WAYS[way].get("algorithm", "levenshtein") == "levenshtein"
+    for prompt in [*prompts[9:12], *babble(3)]:
+        got = server.generate(prompt, NEW_TOKENS, custom_params={**WAYS[way], "trace": True, "stream_mode": "denoise"})
+        trajectory, meta = Trajectory(32, len(prompt), moves=moves), got["meta_info"]
+        frames = list(trajectory.take(got))
+        assert [cell.token for cell in trajectory.cells] == got["output_ids"]
+        assert [cell.step for cell in trajectory.cells] == meta["step_maps"]
+        assert [cell.confidence for cell in trajectory.cells] == meta["dllm_confidences"]
+        assert (len(frames), frames[-1].forwards) == (meta["dllm_steps"], meta["dllm_nfe"])
+        for frame in frames:
+            of_step = dict(frame.steps)
+            for position, cell in enumerate(frame.cells, frame.first):
+                block = (position + len(prompt) % 32) // 32
+                assert (cell.step or 0) <= of_step.get(block, 0), "no token is of a step to come"
 
 
 def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Server, prompts: list[list[int]]) -> None:

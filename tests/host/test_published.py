@@ -116,7 +116,7 @@ def test_check_prints_what_is_read_of_a_checkpoint(tmp_path: Path, capsys: pytes
 def test_model_goes_with_check_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["env", "--model", "x"])
-    assert "--model goes with check" in capsys.readouterr().err
+    assert "unrecognized arguments: --model" in capsys.readouterr().err
 
 
 @pytest.fixture

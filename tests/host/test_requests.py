@@ -177,7 +177,7 @@ def test_snapshots_show_each_step_and_leave_the_text_alone(server: Server, facts
         "sampling_params": {
             "temperature": 0,
             "max_new_tokens": 64,
-            "custom_params": {"threshold": 1.0, "stream_mode": "denoise"},
+            "custom_params": {"threshold": 1.0, "stream_mode": "denoise", "trace": True},
         },
     }
     seen = events(server.post("/generate", body, stream=True))
@@ -193,6 +193,13 @@ def test_snapshots_show_each_step_and_leave_the_text_alone(server: Server, facts
         for i, token in enumerate(standing):
             known = plain["output_ids"][each["committed"] :]
             assert token is None or i >= len(known) or token == known[i]
+        at = range(each["committed"], len(plain["output_ids"]))
+        for said, in_the_end in (("steps", "step_maps"), ("confidences", "dllm_confidences")):
+            final = [
+                None if token is None else seen[-1]["meta_info"][in_the_end][i]
+                for i, token in zip(at, standing, strict=False)
+            ]
+            assert each[said][: len(final)] == final and len(each[said]) == len(standing)
     assert "dllm_snapshots" not in plain["meta_info"]
 
 

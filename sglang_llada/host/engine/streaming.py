@@ -36,8 +36,9 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
     Requests that ask for a trace get `meta_info["step_maps"]`, the 1-based step of its block in which each returned
     token was decided or last edited, and `meta_info["dllm_confidences"]`, its probability in that step. Requests with
     stream_mode "denoise" get `meta_info["dllm_snapshots"]`: for each step its number, how many tokens were committed
-    after it, and the tokens that stood behind those, null where open. Requests with choices get
-    `meta_info["dllm_choices"]`, of each open position of their canvas the probabilities of these.
+    after it, and the tokens that stood behind those, null where open; with a trace also when and how surely each came.
+    Requests with choices get `meta_info["dllm_choices"]`, of each open position of their canvas the probabilities of
+    these.
 
     Of what belongs to tokens and steps each output brings what is new, which the host's tokenizer process appends.
     """
@@ -102,7 +103,14 @@ def chances(request: Request[DecodeConfig] | None) -> list[list[float]] | None:
 
 def snapshot_of(request: Request[DecodeConfig]) -> dict[str, Any]:
     """What stands after a step."""
-    return {"step": request.steps, "committed": len(request.output), "token_ids": request.standing()}
+    tokens = request.standing()
+    said: dict[str, Any] = {"step": request.steps, "committed": len(request.output), "token_ids": tokens}
+    if request.params.trace:
+        standing = zip(tokens, request.standing_notes(), strict=True)
+        notes = [None if token is None else note or GIVEN for token, note in standing]
+        said["steps"] = [None if note is None else note.step for note in notes]
+        said["confidences"] = [None if note is None else note.prob for note in notes]
+    return said
 
 
 def shown(request: Request[DecodeConfig]) -> list[Any]:

@@ -1,0 +1,1 @@
+"""How an answer came, step by step: asked of a server, kept in a file, shown as a page or as a picture."""
