@@ -1,7 +1,7 @@
 """The host's server with a grammar backend that fails for whoever asks it to: `python -m bench.faulty_server FLAGS`.
 
 A regex that holds `planted-WHERE-COUNT` makes WHERE (compile, fill or accept) raise once COUNT tokens are accepted.
-The processes that the server spawns import this module too, which is how the hooks get into the scheduler's.
+The processes that the server spawns import this module too, which is how the faults get into the scheduler's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import runpy
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from bench.faults import plant
 
 MODULE = "sglang.srt.constrained.xgrammar_backend"
 PLACES = {
@@ -48,8 +48,8 @@ def failing_compile(call: Callable[..., Any], backend: Any, pattern: str) -> Any
 
 
 for place, target in PLACES.items():
-    HookRegistry.register(target, functools.partial(failing, place), HookType.AROUND)
-HookRegistry.register(COMPILE, failing_compile, HookType.AROUND)
+    plant(target, functools.partial(failing, place))
+plant(COMPILE, failing_compile)
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -1,7 +1,7 @@
 """The host's server with a fault in every function that handles one request: `python -m tests.host.faulty FLAGS`.
 
 A request whose id begins with "fault in NAME" makes the function of that name raise. The processes that the server
-spawns import this module too, which is how the hooks get into the scheduler's.
+spawns import this module too, which is how the faults get into the scheduler's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import runpy
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from bench.faults import plant
 
 VARIABLE = "FAULTS"
 PREFIX = "fault in "
@@ -90,7 +90,8 @@ def planted_on_second_rank(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def leave_without_blocks(result: Any, request: Any, *args: Any) -> Any:
+def leaving_without_blocks(function: Callable[..., Any], request: Any, *args: Any) -> Any:
+    result = function(request, *args)
     if request.rid.startswith(PREFIX + LEFT + ":"):
         request.blocks.clear()
     return result
@@ -98,11 +99,11 @@ def leave_without_blocks(result: Any, request: Any, *args: Any) -> Any:
 
 if VARIABLE in os.environ:
     for stage, target in STAGES.items():
-        HookRegistry.register(target, planted(stage), HookType.AROUND)
+        plant(target, planted(stage))
     for stage, target in GRAMMAR_STAGES.items():
-        HookRegistry.register(target, planted_in_grammar(stage), HookType.AROUND)
-    HookRegistry.register(f"{ENGINE}.pipeline.Pipeline._conforming", planted_on_second_rank, HookType.AROUND)
-    HookRegistry.register(f"{REQUEST}.take_part", leave_without_blocks, HookType.AFTER)
+        plant(target, planted_in_grammar(stage))
+    plant(f"{ENGINE}.pipeline.Pipeline._conforming", planted_on_second_rank)
+    plant(f"{REQUEST}.take_part", leaving_without_blocks)
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -79,16 +79,10 @@ def make_runner(rank: int, job: Job) -> Any:
 def start_rank(rank: int, job: Job) -> BaseProcess:
     """The process of one rank; a warm one has imported the host before anything could be prepared."""
     if warm.WARM and job.prepare is None:
-        return warm.fork(run_warm_rank, (rank, job), warm.environment())
+        return warm.fork(run_rank, (rank, job), warm.environment())
     process = multiprocessing.get_context("spawn").Process(target=run_rank, args=(rank, job), daemon=True)
     process.start()
     return process
-
-
-def run_warm_rank(rank: int, job: Job) -> None:
-    """As run_rank, with the threads that the environment says."""
-    warm.take_threads()
-    run_rank(rank, job)
 
 
 def run_ranks(

@@ -119,13 +119,12 @@ def launch(
     *args: str,
     env: dict[str, str] | None = None,
     module: str = warm.COMMAND,
-    cold: bool = False,
 ) -> tuple[subprocess.Popen[bytes] | warm.WarmServer, str]:
-    """Start the plain host command on a free port, `cold` as a user's shell does; the process and its address."""
+    """Start the plain host command, or another module that ends in it, on a free port; the process and its address."""
     port = free_port()
     flags = ["--model-path", str(model), "--port", str(port), *args]
     variables = warm.environment() | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-    if warm.WARM and not cold and module in (warm.COMMAND, warm.LATE):
+    if warm.WARM:
         return warm.WarmServer(module, flags, log, variables, ROOT), f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import requests
 
 from examples import canvas, offline_engine, openai_client, tool_loop
-from tests.host.serving import ROOT, Server
+from tests.host import warm
+from tests.host.serving import ROOT, Server, tail
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
-def run(*args: str) -> list[str]:
-    """The lines that an example prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., list[str]]:
+    """An example with its arguments, to the lines that it prints."""
+
+    def printed(module: str, *args: str) -> list[str]:
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        process = warm.WarmServer(module, list(args), out, warm.environment(), ROOT, errors)
+        assert process.wait(280) == 0, tail(errors)
+        return out.read_text().splitlines()
+
+    return printed
 
 
 def chat(server: Server, question: str) -> str:
@@ -33,7 +38,7 @@ def chat(server: Server, question: str) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server) -> None:
+def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server, run: Callable[..., list[str]]) -> None:
     lines = run("examples.openai_client", "--url", server.url)
     whole, streamed = openai_client.QUESTIONS
     assert lines[:3] == [f"question: {whole}", f"answer:   {chat(server, whole)}", f"question: {streamed}"]
@@ -41,7 +46,7 @@ def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server) -> N
     assert lines[3].count("|") >= 1
 
 
-def test_offline_engine_answers_every_question() -> None:
+def test_offline_engine_answers_every_question(run: Callable[..., list[str]]) -> None:
     lines = run("examples.offline_engine", "--new-tokens", "64")
     asked = [line.removeprefix("question: ") for line in lines if line.startswith("question: ")]
     answers = [line for line in lines if line.startswith("answer:   ")]
@@ -51,7 +56,7 @@ def test_offline_engine_answers_every_question() -> None:
     assert all(count >= 1 for count in forwards)
 
 
-def test_a_tool_loop_calls_a_function_and_answers(server: Server) -> None:
+def test_a_tool_loop_calls_a_function_and_answers(server: Server, run: Callable[..., list[str]]) -> None:
     question, call, answer = run("examples.tool_loop", "--url", server.url)
     assert question == f"question: {tool_loop.QUESTION}"
     matched = re.fullmatch(r"call:     add\((.*)\) = (\d+)", call)
@@ -59,7 +64,7 @@ def test_a_tool_loop_calls_a_function_and_answers(server: Server) -> None:
     assert answer.startswith("answer:   ")
 
 
-def test_a_canvas_is_filled_and_choices_are_read() -> None:
+def test_a_canvas_is_filled_and_choices_are_read(run: Callable[..., list[str]]) -> None:
     """The page has what the example prints."""
     lines = run("examples.canvas")
     page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")

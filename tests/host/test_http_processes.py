@@ -20,9 +20,8 @@ LONG = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True, "custom_par
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    # Its processes are uvicorn's, which a fork does not start: they are spawned, as a user's are.
     log = tmp_path_factory.mktemp("two") / "log"
-    process, url = launch(TINY, log, "--tokenizer-worker-num", "2", cold=True)
+    process, url = launch(TINY, log, "--tokenizer-worker-num", "2")
     try:
         server = ready(process, url, log)
         deadline = time.monotonic() + 120

@@ -144,8 +144,10 @@ RUNNING, SPECIAL = 4, 8  # requests at once; the first token ids, which end answ
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     bias = {str(token): -100 for token in [*range(SPECIAL), *range(396, 400)]}
-    flags = ["--max-running-requests", str(RUNNING), "--preferred-sampling-params", json.dumps({"logit_bias": bias})]
-    env = {"SGLANG_REQ_WAITING_TIMEOUT": "2", "SGLANG_REQ_RUNNING_TIMEOUT": "25"}
+    # A token a step, so that how long an answer takes hangs on the machine alone.
+    preferred = json.dumps({"logit_bias": bias, "custom_params": {"threshold": 1.0}})
+    flags = ["--max-running-requests", str(RUNNING), "--preferred-sampling-params", preferred]
+    env = {"SGLANG_REQ_WAITING_TIMEOUT": "0.5", "SGLANG_REQ_RUNNING_TIMEOUT": "20"}
     with serving(TINY, tmp_path_factory.mktemp("impatient") / "log", *flags, env=env) as running:
         yield running
 
@@ -165,7 +167,7 @@ class TestPauses(PauseResumeInPlaceMixin, ImpatientKit):
 
 class TestWaiting(WaitingTimeoutMixin, ImpatientKit):
     # What runs must take longer than one may wait and not as long as one may run, however busy the machine is.
-    waiting_timeout_num_requests, waiting_timeout_max_new_tokens = RUNNING + 1, 400
+    waiting_timeout_num_requests, waiting_timeout_max_new_tokens = RUNNING + 1, 200
 
 
 class TestRunning(RunningTimeoutTwoWaveMixin, ImpatientKit):

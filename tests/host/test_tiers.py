@@ -15,7 +15,6 @@ import requests
 
 from sglang_llada.blocks import Phase, Request, Table
 from sglang_llada.config import REPLAY_VARIABLE
-from tests.host import warm
 from tests.host.conftest import TINY, Case, compare
 from tests.host.late import LONG_TURNS, MANY
 from tests.host.serving import Server, each_event, serving
@@ -23,6 +22,7 @@ from tests.sizes import size
 
 pytestmark = pytest.mark.host
 
+LATE = "tests.host.late"  # a server whose copies take time
 T = 32
 POOL = 2048  # positions on the device
 FLAGS = ["--enable-cache-report", "--enable-metrics", "--max-total-tokens", str(POOL)]
@@ -156,7 +156,7 @@ def late(
     more, env = WAYS[request.param]
     flags = [*FLAGS, *TIERS, *more, *([] if "write_back" in more else files)]
     log = tmp_path_factory.mktemp("late") / "log"
-    with serving(TINY, log, *flags, module=warm.LATE, env=env) as server:
+    with serving(TINY, log, *flags, module=LATE, env=env) as server:
         yield server
 
 
@@ -228,7 +228,7 @@ def test_kv_in_files_outlives_the_server(
 ) -> None:
     ask_all(late, working_set, "to be kept")
     late.flush()
-    with serving(TINY, tmp_path / "log", *FLAGS, *TIERS, *files, module=warm.LATE) as server:
+    with serving(TINY, tmp_path / "log", *FLAGS, *TIERS, *files, module=LATE) as server:
         found = ask_all(server, working_set, "from files")
         from_files = sum(each.get("storage", 0) for each in found)
         print(from_files, "of", whole_blocks(working_set))

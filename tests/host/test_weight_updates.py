@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, decoded, held_out_prompts
-from tests.host.serving import ROOT, Server
+from tests.host.serving import ROOT, Server, each_event
 
 pytestmark = pytest.mark.host
 
@@ -92,18 +92,27 @@ def test_an_update_waits_for_what_runs(mutable: Server, answers: dict[Path, list
 def test_an_update_under_a_pause_changes_what_is_still_to_come(
     mutable: Server, answers: dict[Path, list[Case]]
 ) -> None:
-    restless = {"ignore_eos": True, "temperature": 3.0, "sampling_seed": 1}  # other weights draw other tokens
-    begin = time.monotonic()
-    before = mutable.generate(LONG, 250, **restless)["output_ids"]
-    took = time.monotonic() - begin
+    restless = {"ignore_eos": True, "temperature": 3.0, "sampling_seed": 1, "max_new_tokens": 250}
+    body = {"input_ids": LONG, "sampling_params": restless, "stream": True}  # other weights draw other tokens
+    before = mutable.generate(LONG, **restless)["output_ids"]
+
+    def streamed(begun: Event) -> list[int]:
+        answer: list[int] = []
+        for event in each_event(mutable.post("/generate", body, stream=True)):
+            answer = event["output_ids"]
+            if len(answer) >= 8:
+                begun.set()
+        return answer
+
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(mutable.generate, LONG, 250, **restless) for _ in range(4)]
-        time.sleep(took / 2)  # past the first blocks, whatever the machine; four together take longer than one
+        begun = [Event() for _ in range(4)]
+        running = [pool.submit(streamed, each) for each in begun]
+        assert all(each.wait(100) for each in begun)
         assert mutable.post("/pause_generation", {"mode": "in_place"}).ok
         assert from_disk(mutable, OTHER, flush_cache=False).json()["success"]
         assert not any(each.done() for each in running)
         assert mutable.post("/continue_generation").ok
-        after = [each.result()["output_ids"] for each in running]
+        after = [each.result() for each in running]
     assert all(len(each) == 250 and each != before and each[:8] == before[:8] for each in after)
     mutable.flush()
     answers_with(mutable, answers[OTHER], "after an update under a pause")

@@ -1,9 +1,10 @@
 """Processes of the host that start in a fifth of the time: forked from one that has imported what all of them import.
 
 An import of the host takes 16 s, and a server consists of three processes that import it. The standard library's fork
-server does it once for all processes of a test run that have the same environment, which imports read. Inside such a
-server the host forks its processes where it would spawn them; all else is the plain command's, whose `main` runs. With
-TEST_SERVERS=cold every server is started by the plain command, and ranks are spawned.
+server does it once for all processes of a test run. A process that it forks takes its own environment before it does
+anything; what imports read of it is told apart (READ_BY_IMPORTS, take_environment). Inside a server the host forks
+its processes where it would spawn them; all else is the plain command's, whose `main` runs. With TEST_SERVERS=cold
+every server is started by the plain command, and ranks are spawned.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import uvicorn._subprocess
 
 COMMAND = "sglang.launch_server"
-LATE = "tests.host.late"  # the command with copies that take time; what it changes is inherited
 WARM = os.environ.get("TEST_SERVERS") != "cold"
 MODULES = [
     "sglang_llada.host.requests.http_app",  # which loads the plugins first, as the plain command does
@@ -42,31 +43,51 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
+STARTED = environment()  # before any test has changed it
+READ_BY_IMPORTS = ("TRITON_INTERPRET",)
+
+
 @functools.cache
 def fork_server(variables: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
-    """The process that has imported MODULES under these variables."""
+    """The process that has imported MODULES, under variables that imports read."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(MODULES)
-    with mock.patch.dict(os.environ, dict(variables), clear=True):
+    with mock.patch.dict(os.environ, STARTED | dict(variables), clear=True):
         server.ensure_running()
     return server
 
 
 def fork(target: Callable[..., None], args: tuple[Any, ...], variables: dict[str, str]) -> ForkServerProcess:
     """A function of a module, called in a process of its own whose environment is these variables."""
-    process: ForkServerProcess = ForkServerContext().Process(target=target, args=args)
-    forks = fork_server(frozenset(variables.items()))
-    with mock.patch.object(forkserver, "connect_to_new_process", forks.connect_to_new_process):
+    process: ForkServerProcess = ForkServerContext().Process(target=begin, args=(variables, target, args))
+    server = fork_server(frozenset((name, variables[name]) for name in READ_BY_IMPORTS if name in variables))
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
         process.start()
     return process
+
+
+def begin(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """In the forked process."""
+    os.environ.clear()
+    os.environ.update(variables)
+    take_environment()
+    target(*args)
 
 
 class WarmServer:
     """What tests use of a subprocess.Popen."""
 
-    def __init__(self, module: str, args: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        args: list[str],
+        out: Path,
+        variables: dict[str, str],
+        folder: Path,
+        errors: Path | None = None,
+    ) -> None:
         self.args = args
-        self._process = fork(serve, (module, args, log, folder), variables)
+        self._process = fork(serve, (module, args, out, errors or out, folder), variables)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -90,20 +111,21 @@ class WarmServer:
         self._process.kill()
 
 
-def serve(module: str, args: list[str], log: Path, folder: Path) -> None:
+def serve(module: str, args: list[str], out: Path, errors: Path, folder: Path) -> None:
     """In the forked process: become the leader of a session, and run the command as `python -m` does."""
     os.setsid()
     os.chdir(folder)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    os.register_at_fork(after_in_child=take_threads)
+    for path, stream in ((out, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.register_at_fork(after_in_child=take_environment)
+    uvicorn._subprocess.spawn = multiprocessing.get_context("fork")
     multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def take_threads() -> None:
-    """As many threads as the environment says: torch has read it before the server settled it for its schedulers."""
+def take_environment() -> None:
+    """What torch has read at its import: the server settles its schedulers' threads only later."""
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
+    torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
