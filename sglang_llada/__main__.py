@@ -53,7 +53,7 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=json.loads, default={}, help="with --ask: custom_params, as JSON")
     parser.add_argument("--max-tokens", type=int, default=128, help="with --ask: tokens of the answer at most")
     parser.add_argument("--trace", type=Path, action="append", default=[], help="a saved trace to begin with; or two")
-    parser.add_argument("--save", type=Path, help="no page is served, this file written: .json or .html")
+    parser.add_argument("--save", type=Path, help="no page is served, this file written: .json, .html, .svg or .gif")
     parser.add_argument("--host", default="127.0.0.1", help="the page's own address")
     parser.add_argument("--port", type=int, default=30080, help="and port")
 

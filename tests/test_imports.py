@@ -34,7 +34,7 @@ RULES = {
     "errors": Rule(frozenset()),
     "config": Rule(frozenset({"errors"})),
     "options": Rule(BASE),
-    "view": Rule(BASE),
+    "view": Rule(BASE, frozenset({"PIL"})),  # for GIFs
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),

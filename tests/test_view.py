@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.view import command
 from sglang_llada.view.ask import Question, Service, collected, load
+from sglang_llada.view.draw import EDGE, HIGH, HOLD, PACE, picture, svg
+from sglang_llada.view.gif import SCALE
 from sglang_llada.view.serve import PLACE, Viewer, page
 from sglang_llada.view.trajectory import CHANGED, COME, GONE, OPEN, WRITTEN, Cell, Deleted, Frame, Trajectory, aligned
 from tests import told
@@ -231,7 +235,7 @@ def test_a_saved_page_holds_its_traces_and_no_text_ends_its_script(tmp_path: Pat
 
 
 def test_what_cannot_be_saved_or_opened_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"allowed: a name that ends in .json or .html"):
+    with pytest.raises(ConfigError, match=r"allowed: a name that ends in .json or .html or .svg or .gif"):
         command.save([{}], tmp_path / "a.txt")
     with pytest.raises(ConfigError, match="nothing to write; give --ask or --trace"):
         command.save([], tmp_path / "a.json")
@@ -242,6 +246,93 @@ def test_what_cannot_be_saved_or_opened_is_said(tmp_path: Path) -> None:
         load(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         load(tmp_path / "none.json")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def trace_of(script: str) -> dict[str, Any]:
+    """A script as a trace."""
+    shown = [frame.json() for frame in frames(script)]
+    letters = {token for frame in frames(script) for token in frame.tokens()} | set(SCRIPTS[script].prompt)
+    asked = {"messages": [{"role": "user", "content": "a < b?"}], "custom_params": {}, "algorithm": script}
+    facts = {"block_size": BLOCK, "given": SCRIPTS[script].prompt[: len(SCRIPTS[script].prompt) % BLOCK]}
+    trace = {**asked, **facts, "frames": shown, "texts": {str(each): chr(each) for each in letters}, "steps": 5}
+    return json.loads(json.dumps(trace))
+
+
+def letters_at(picture: str, seconds: float) -> str:
+    """The texts of positions that an SVG shows at a time, in the order of their places."""
+    root, found = ElementTree.fromstring(picture), []
+    namespace = "{http://www.w3.org/2000/svg}"
+    style = next(root.iter(f"{namespace}style")).text or ""
+    hidden = set()
+    for name, whole, steps in re.findall(r"animation:(\w+) ([\d.]+)s step-end infinite}@keyframes \w+{(.*?})}", style):
+        changes = [(float(at), value) for at, value in re.findall(r"([\d.]+)%{opacity:(\d)}", steps)]
+        now = [value for at, value in changes if at <= seconds / float(whole) * 100]
+        hidden |= {name} if now[-1] == "0" else set()
+    for group in [root, *root.findall(f"{namespace}g")]:
+        if group.get("class") not in hidden:
+            found += [each for each in group.findall(f"{namespace}text") if each.get("class") == "t"]
+    return "".join(
+        each.text or "" for each in sorted(found, key=lambda e: (float(e.get("y", 0)), float(e.get("x", 0))))
+    )
+
+
+@pytest.mark.parametrize(("script", "rows"), [("levenshtein", told.MOVING), ("threshold", told.STAYING)])
+def test_a_picture_plays_every_step(script: str, rows: list[told.Row]) -> None:
+    picture = svg([trace_of(script)])
+    key = {"levenshtein": "12345", "threshold": "1234"}[script] + "editedinserted"
+    seen = [letters_at(picture, (at + 0.5) * PACE) for at in range(len(rows) + 1)]
+    given = "abc" if script == "levenshtein" else ""
+    whole = ["".join(chr(cell.token) for cell in cells if cell.token) for cells in standing(frames(script))]
+    assert seen == [given + text.replace(" ", "␣") + key for text in whole]
+    assert letters_at(picture, len(rows) * PACE + HOLD - 0.1) == seen[-1], "the last frame stays"
+
+
+def standing(shown: list[Frame]) -> Iterator[list[Cell]]:
+    """All cells of each frame."""
+    cells: list[Cell] = []
+    for frame in shown:
+        cells = [*cells[: frame.first], *frame.cells]
+        yield cells
+
+
+def test_a_picture_that_may_not_move_is_its_last_frame() -> None:
+    picture = svg([trace_of("levenshtein")])
+    assert "prefers-reduced-motion" in picture
+    still = re.sub(r"animation:\w+ [\d.]+s", "animation:none 0s", picture)
+    root = ElementTree.fromstring(still)
+    shown = {name for name, opacity in re.findall(r"\.(f\d+){opacity:(\d)", still) if opacity == "1"}
+    groups = [each for each in root if each.tag.endswith("}g") and each.get("class") in shown]
+    assert {text.text for group in groups for text in group if text.get("class") == "t"} >= {"!"}
+    assert "a &lt; b?" in picture
+
+
+def test_two_traces_stand_side_by_side_in_a_picture() -> None:
+    one, two = trace_of("levenshtein"), trace_of("threshold")
+    both = picture([one, two])
+    assert len(both.frames) == max(len(one["frames"]), len(two["frames"]))
+    titles = [shape for shape in both.frames[-1] if shape.kind == "title"]
+    assert [shape.x for shape in titles] == [EDGE, both.width / 2 + EDGE]
+    assert all(shape.x + shape.width <= both.width for shape in both.frames[-1])
+
+
+def test_a_gif_has_the_same_frames(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed; the host brings it")
+    traces = [trace_of("levenshtein")]
+    command.save(traces, tmp_path / "a.gif")
+    drawn = picture(traces)
+    with image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == len(drawn.frames) and gif.size == (drawn.width * SCALE, drawn.height * SCALE)
+        for at, shapes in enumerate(drawn.frames):
+            gif.seek(at)
+            assert gif.info["duration"] == 1000 * (HOLD if at == gif.n_frames - 1 else PACE)
+            pixels = gif.convert("RGB")
+            for shape in shapes:
+                if shape.kind == "decided":
+                    left = pixels.getpixel(((shape.x + 2) * SCALE + 2, (shape.y + HIGH / 2) * SCALE))
+                    assert all(abs(a - b) < 16 for a, b in zip(left, shape.colour or (), strict=True))
 
 
 # --- the page's server ------------------------------------------------------------------------------------------------

@@ -9,24 +9,31 @@ from pathlib import Path
 
 from sglang_llada.errors import ConfigError
 from sglang_llada.view.ask import Question, Service, Trace, collected, load
+from sglang_llada.view.draw import svg
+from sglang_llada.view.gif import gif
 from sglang_llada.view.serve import Viewer, page
 
 __all__ = ["Question", "Service", "collected", "load", "save", "serve"]
 
 
-def as_json(traces: list[Trace]) -> str:
+def as_json(traces: list[Trace]) -> bytes:
     """The one trace, to be opened again."""
     if len(traces) != 1:
         raise ConfigError(f"a .json file holds one trace; got {len(traces)}")
-    return json.dumps(traces[0])
+    return json.dumps(traces[0]).encode()
 
 
-def as_page(traces: list[Trace]) -> str:
+def as_page(traces: list[Trace]) -> bytes:
     """The page with its traces in it, which needs no server."""
-    return page(traces, asks=False)
+    return page(traces, asks=False).encode()
 
 
-FORMS: dict[str, Callable[[list[Trace]], str]] = {".json": as_json, ".html": as_page}
+def as_svg(traces: list[Trace]) -> bytes:
+    """The picture, which plays wherever images are shown."""
+    return svg(traces).encode()
+
+
+FORMS: dict[str, Callable[[list[Trace]], bytes]] = {".json": as_json, ".html": as_page, ".svg": as_svg, ".gif": gif}
 
 
 def save(traces: list[Trace], path: Path) -> None:
@@ -35,7 +42,7 @@ def save(traces: list[Trace], path: Path) -> None:
         raise ConfigError(f"--save is {str(path)!r}; allowed: a name that ends in {' or '.join(FORMS)}")
     if not traces:
         raise ConfigError("--save has nothing to write; give --ask or --trace")
-    path.write_text(FORMS[path.suffix](traces), encoding="utf-8")
+    path.write_bytes(FORMS[path.suffix](traces))
 
 
 def serve(host: str, port: int, service: Service, traces: list[Trace]) -> None:

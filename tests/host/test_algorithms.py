@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from sglang_llada.config import DecodeConfig
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from sglang_llada.view.ask import Question as Chat
+from sglang_llada.view.ask import Service, collected
+from sglang_llada.view.draw import svg
 from sglang_llada.view.trajectory import Trajectory
 from tests.host.conftest import NEW_TOKENS, compare, held_out_prompts
-from tests.host.serving import Server, events, serving
+from tests.host.serving import ROOT, Server, events, serving
 from tests.host.ways import (
     CHECKPOINT,
     RASH,
@@ -174,6 +178,15 @@ def test_snapshots_explain_every_answer(server: Server, prompts: list[list[int]]
             for position, cell in enumerate(frame.cells, frame.first):
                 block = (position + len(prompt) % 32) // 32
                 assert (cell.step or 0) <= of_step.get(block, 0), "no token is of a step to come"
+
+
+def test_the_picture_of_the_readme_is_this_checkpoints(server: Server) -> None:
+    """But for the bars of confidence, which may differ by a hair from machine to machine."""
+    question = [{"role": "user", "content": "Put in order: 31, 15, 50, 33, 64, 21, 20, 25, 21."}]
+    drawn = svg([collected(Service(server.url).ask(Chat(question, {})))])
+    kept = (ROOT / "docs" / "decode.svg").read_text(encoding="utf-8")
+    bars = re.compile(r'<rect fill="#\w+" opacity=".6" [^>]*/>')
+    assert bars.sub("", drawn) == bars.sub("", kept) and len(bars.findall(kept)) > 30
 
 
 def test_a_stream_of_the_openai_server_brings_the_same_text_in_pieces(server: Server, prompts: list[list[int]]) -> None:
