@@ -74,6 +74,15 @@ def test_tokens_are_streamed_before_their_block_is_decided(server: Server) -> No
     assert len(set(counts)) > 4, counts
 
 
+def test_a_snapshot_before_any_token_costs_no_log_probability(server: Server) -> None:
+    shown = {"threshold": 1.0, "stream_mode": "denoise"}
+    sampling = {"temperature": 0, "max_new_tokens": 40, "custom_params": shown}
+    body = {"text": "Reverse KBD.", "stream": True, "return_logprob": True, "sampling_params": sampling}
+    first, *_, last = events(server.post("/generate", body, stream=True))
+    assert not first["output_ids"] and last["output_ids"]
+    assert [token for _, token, _ in last["meta_info"]["output_token_logprobs"]] == last["output_ids"]
+
+
 def test_usage_counts_prompt_and_completion(server: Server, long_prompt: list[int]) -> None:
     meta = server.generate(long_prompt[-50:], 5, ignore_eos=True)["meta_info"]
     assert (meta["prompt_tokens"], meta["completion_tokens"]) == (50, 5)

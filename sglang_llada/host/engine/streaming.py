@@ -55,6 +55,8 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
         reported = [None if r is None else (r.notes_reported, r.shown) for _, r in before]
         try:
             self.stream_output(reqs, any(req.return_logprob for req in reqs))
+            for req in reqs:
+                note_sent(req)
             return []
         except Exception:
             logger.exception("outputs are sent one by one")
@@ -66,6 +68,7 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
                 request.notes_reported, request.shown = notes
             try:
                 self.stream_output([req], req.return_logprob)
+                note_sent(req)
             except Exception as error:  # one request's
                 failed.append((req, error))
         return failed
@@ -92,6 +95,12 @@ class LladaOutputStreamer(SchedulerOutputStreamer):
             STEPS: [0 if r is None else r.steps for r, _ in known],
             NFE: [0 if r is None else r.forwards for r, _ in known],
         }
+
+
+def note_sent(req: Any) -> None:
+    """The host counts one log-probability as sent with every output; a snapshot may come before any token."""
+    if not req.output_ids:
+        req.send_output_token_logprobs_offset = 0
 
 
 def chances(request: Request[DecodeConfig] | None) -> list[list[float]] | None:
