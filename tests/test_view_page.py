@@ -128,6 +128,8 @@ def test_a_position_says_how_it_was_decided(tab: Tab, server: told.Server, tmp_p
     assert texts(tab, ".detail") == [said]
     assert tab.run("document.activeElement.getAttribute('aria-label')") == said
     assert texts(tab, "#at") == ["5 of 5"], "arrows in a block do not go from step to step"
+    tab.run("stepTo(1)")
+    assert texts(tab, ".detail") == ["Position 4: “x”, decided in step 1 of its block with confidence 0.900."]
 
 
 def test_live_blocks_stand_side_by_side(tab: Tab, server: told.Server, tmp_path: Path) -> None:

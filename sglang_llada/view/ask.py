@@ -12,7 +12,7 @@ import dataclasses
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -66,7 +66,7 @@ class Service:
             raise ConfigError(f"the server at {self.url} decodes no blocks: its dllm_algorithm is {flag!r}")
         return {"model": said["served_model_name"], "block_size": said["page_size"], "algorithm": FLAGS[flag]}
 
-    def ask(self, question: Question) -> Iterator[Event]:
+    def ask(self, question: Question) -> Generator[Event]:
         """The events of an answer, as it comes.
 
         Raises:

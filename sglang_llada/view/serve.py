@@ -8,6 +8,7 @@ server can be reached through it. Bodies must be JSON by their type, which a pag
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,12 +53,13 @@ class Handler(BaseHTTPRequestHandler):
     def _ask(self, body: bytes) -> None:
         self._begin(HTTPStatus.OK, "application/x-ndjson")
         try:
-            for event in self.server.service.ask(Question.read(json.loads(body))):
-                self._line(event)
+            with closing(self.server.service.ask(Question.read(json.loads(body)))) as events:
+                for event in events:
+                    self._line(event)
         except ValueError as error:  # ConfigError, and what is no JSON
             self._line({"error": str(error)})
         except ConnectionError:
-            pass  # who asked has left; leaving the loop has closed the stream, which ends the request
+            pass  # who asked has left; the stream is closed, which ends the request
 
     def _line(self, event: dict[str, Any]) -> None:
         self.wfile.write(json.dumps(event).encode() + b"\n")
