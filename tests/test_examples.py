@@ -34,6 +34,8 @@ def test_decode_by_hand_ends_with_the_answer_of_the_reference() -> None:
     assert lines[-1] == f"answer: {reference_answer()}"
     steps = [line for line in lines if line.startswith("step ")]
     assert steps and OPEN not in steps[-1]
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if f"    {line}" not in page] == []
 
 
 def reference_answer() -> str:
