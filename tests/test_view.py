@@ -381,6 +381,16 @@ def test_what_is_wrong_with_a_question_is_the_last_event(viewer: str, body: byte
     assert said in post(viewer + "/ask", body)[-1]["error"]
 
 
+def test_pictures_are_drawn_and_what_cannot_be_is_said(viewer: str) -> None:
+    trace = trace_of("threshold")
+    drawn = urllib.request.Request(viewer + "/draw", json.dumps([trace]).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(drawn, timeout=20) as reply:
+        assert reply.read().decode() == svg([trace]) and reply.headers.get_content_type() == "image/svg+xml"
+    for body in (b"[]", b"[{}]", b"{", b"3", json.dumps([{**trace, "frames": [3]}]).encode()):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            post(viewer + "/draw", body)
+
+
 def test_a_form_of_another_site_is_not_heard(viewer: str, server: told.Server) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "a"}], "custom_params": {}}).encode()
     with pytest.raises(urllib.error.HTTPError, match="400"):

@@ -11,6 +11,7 @@ import pytest
 
 from sglang_llada.view import command
 from sglang_llada.view.ask import Question, Service, Trace, collected
+from sglang_llada.view.draw import svg
 from sglang_llada.view.serve import Viewer
 from tests import told
 from tests.browser import CHROMIUM, Tab, chromium
@@ -161,7 +162,11 @@ def test_traces_are_saved_and_opened(tab: Tab, viewer: str, server: told.Server,
     tab.run("document.getElementById('save').click()")
     file = tmp_path / "trace.json"
     wait_for(tab, file)
-    assert command.load(file)["answer"] == "Hello, world!"
+    kept = command.load(file)
+    assert kept == json.loads(json.dumps(trace(server, "Say something.")))
+    tab.run("document.getElementById('draw').click()")
+    wait_for(tab, tmp_path / "answer.svg")
+    assert (tmp_path / "answer.svg").read_text(encoding="utf-8") == svg([kept])
     tab.open(viewer)
     put(tab, file)
     tab.wait("runs.length === 1 && timer === null && at === 4")

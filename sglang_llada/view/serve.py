@@ -1,8 +1,9 @@
 """The page (page.html) with what it is to show, as one text, and a small web server that gives it what it asks.
 
 GET / is the page; POST /ask a question (ask.Question), answered with its events as lines of JSON while they come, the
-last one {"error": a sentence} if it failed; POST /draw a trace, answered with its picture. Nothing else of the model's
-server can be reached through it. Bodies must be JSON by their type, which a page of another site cannot send unasked.
+last one {"error": a sentence} if it failed; POST /draw a list of traces, answered with their picture. Nothing else of
+the model's server can be reached through it. Bodies must be JSON by their type, which a page of another site cannot
+send unasked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_llada.view.ask import Question, Service, Trace
+from sglang_llada.view.draw import svg
 
 PAGE = Path(__file__).parent / "page.html"
 PLACE = '<script type="application/json" id="given">null</script>'
@@ -47,8 +49,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.BAD_REQUEST, "text/plain", f"a body is JSON of at most {MOST_BYTES} bytes")
         elif self.path == "/ask":
             self._ask(self.rfile.read(size))
+        elif self.path == "/draw":
+            self._draw(self.rfile.read(size))
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "there is /ask alone")
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "there are /ask and /draw alone")
 
     def _ask(self, body: bytes) -> None:
         self._begin(HTTPStatus.OK, "application/x-ndjson")
@@ -60,6 +64,14 @@ class Handler(BaseHTTPRequestHandler):
             self._line({"error": str(error)})
         except ConnectionError:
             pass  # who asked has left; the stream is closed, which ends the request
+
+    def _draw(self, body: bytes) -> None:
+        try:
+            drawn = svg(json.loads(body))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # no list of traces
+            self._answer(HTTPStatus.BAD_REQUEST, "text/plain", f"that cannot be drawn: {error}")
+        else:
+            self._answer(HTTPStatus.OK, "image/svg+xml", drawn)
 
     def _line(self, event: dict[str, Any]) -> None:
         self.wfile.write(json.dumps(event).encode() + b"\n")

@@ -51,5 +51,5 @@ def test_a_chat_is_typed_and_watched(server: Server, tmp_path: Path) -> None:
         answer, steps = tab.run("[runs[0].trace.answer, runs[0].trace.steps]")
         assert tab.run("document.querySelector('.text').textContent").startswith(answer)
         assert tab.run("document.querySelector('[data-count=step]').textContent") == f"{steps} of {steps}"
-        assert steps == tab.run("runs[0].trace.frames.length") - 1 and steps > 30, "with threshold 1, one token a step"
+        assert steps == tab.run("runs[0].frames.length") - 1 and steps > 30, "with threshold 1, one token a step"
         assert tab.errors == []
