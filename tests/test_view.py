@@ -6,6 +6,9 @@ import itertools
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sglang_llada.__main__ import main
 from sglang_llada.errors import ConfigError
 from sglang_llada.view import command
 from sglang_llada.view.ask import Question, Service, collected, load
@@ -246,6 +250,39 @@ def test_what_cannot_be_saved_or_opened_is_said(tmp_path: Path) -> None:
         load(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         load(tmp_path / "none.json")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_asked_and_saved_from_the_command_line(server: told.Server, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    asked = ["--ask", "move", "--params", '{"algorithm": "levenshtein"}', "--max-tokens", "9", "--api-key", "key"]
+    assert main(["view", "--url", server.url + "/", *asked, "--save", str(file)]) == 0
+    assert load(file)["custom_params"] == {"algorithm": "levenshtein"} and load(file)["max_new_tokens"] == 9
+    assert {key for _, _, key in server.asked} == {"Bearer key"}
+    both = ["--trace", str(file), "--trace", str(file), "--save", str(tmp_path / "b.svg")]
+    assert main(["view", *both]) == 0
+    assert (tmp_path / "b.svg").read_text(encoding="utf-8") == svg([load(file)] * 2)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", "--url", "http://127.0.0.1:9", "--ask", "a", "--save", str(tmp_path / "a.json")]) == 1
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+    assert main(["view", "--trace", str(tmp_path / "none.json")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["view", "--ask", "a", "--params", "{"])
+
+
+def test_the_page_is_served_until_ctrl_c(server: told.Server) -> None:
+    command_line = [sys.executable, "-m", "sglang_llada", "view", "--url", server.url, "--port", "0"]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    with urllib.request.urlopen(said.split()[0], timeout=20) as reply:
+        assert reply.status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -214,8 +214,8 @@ def svg(traces: list[Trace]) -> str:
 
 def keyframes(name: str, when: list[int], count: int) -> str:
     """The animation of what is seen in some of the frames."""
-    whole = (count - 1) * PACE + HOLD
-    seen = [at in when for at in range(count)]
+    whole, shown = (count - 1) * PACE + HOLD, set(when)
+    seen = [at in shown for at in range(count)]
     changes = [at for at in range(count) if at == 0 or seen[at] != seen[at - 1]]
     lines = (f"{at * PACE / whole * 100:.4g}%{{opacity:{seen[at]:d}}}" for at in changes)
     rule = f".{name}{{opacity:{seen[-1]:d};animation:{name} {whole:g}s step-end infinite}}"
