@@ -1,9 +1,10 @@
-"""Time of drawing tokens on a GPU, and of the logits that they are drawn from: `python -m bench.sampling`.
+"""Time of drawing tokens on a GPU beside that of choosing the best ones: `python -m bench.sampling`.
 
-Positions of a published vocabulary and hidden size in bf16. `kernel` draws as requests on a GPU do, `sorted` as the
-definition in torch does; `all tokens` cuts nothing, `cut` by top-k, top-p and min-p. Logits as they are made for
-sampled positions, and from a head that is converted to fp32 first. One line per number of positions and part, then one
-JSON record. How many of the two ways' tokens are equal is said beside them: rounding may decide a few.
+Positions of a published vocabulary and hidden size in bf16. `head` draws as requests do, from logits that are never
+whole; `logits` as requests do that change theirs, the product included; `best` is selection of the same positions.
+`all tokens` cuts nothing and is one pass over the head; `cut` is six of them where the logits are random, and fewer
+where a model is sure. One line per number of positions and way, then one JSON record. How many of the two ways' tokens
+are equal is said beside them: rounding may decide a few.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.records import new_record
+from sglang_llada.config import Sampling
 from sglang_llada.decode.contract import Draws
 from sglang_llada.decode.head import Head
-from sglang_llada.decode.sampling import draw, draw_sorted
+from sglang_llada.decode.layout import drawing
+from sglang_llada.decode.noise import hashed
+from sglang_llada.decode.sampling import draw, draw_whole
+from sglang_llada.decode.select import select
 from sglang_llada.decode.whole import whole_logits
 
 V, H, MASK = 157_184, 2048, 156_895  # of LLaDA2.0-mini
 CUTS = {"all tokens": (1 << 30, 1.0, 0.0), "top-p 0.9": (1 << 30, 0.9, 0.0), "cut": (1000, 0.9, 0.01)}
-Draw = Callable[[Tensor, int, Draws], tuple[Tensor, Tensor]]
-WAYS: dict[str, Draw] = {"kernel": draw, "sorted": draw_sorted}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("sampling: torch.cuda sees no accelerator, and the kernel needs one", file=sys.stderr)
+        print("sampling: torch.cuda sees no accelerator, and the kernels need one", file=sys.stderr)
         return 2
     out: dict[str, Any] = {**new_record(), "workload": {"vocabulary": V, "hidden": H, "repeats": args.repeats}}
     out["summary"] = [measure(positions, args.repeats) for positions in args.positions]
@@ -48,46 +49,43 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.inference_mode()
 def measure(positions: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of each part for so many positions, and the share of equal tokens."""
+    """Milliseconds of each way for so many positions, and the share of equal tokens."""
     torch.manual_seed(positions)
     hidden = torch.randn(positions, H, dtype=torch.bfloat16, device="cuda")
     head = Head(torch.randn(V, H, dtype=torch.bfloat16, device="cuda") / H**0.5)
     found: dict[str, Any] = {"positions": positions}
-    heads: dict[str, Callable[[Tensor], object]] = {
-        "bf16 head": lambda x: whole_logits(x, head, None),
-        "fp32 head": lambda x: x.float() @ head.weight.float().T,
-    }
-    for name, run in heads.items():
-        found[name] = milliseconds(run, hidden, repeats)
-        print(f"{positions:4} positions  logits, {name}: {median(found[name]):.3f} ms", flush=True)
-    logits = whole_logits(hidden, head, None)
+    found["best"] = milliseconds(lambda: select(hidden, head, MASK), repeats)
+    print(f"{positions:4} positions  best: {median(found['best']):.3f} ms", flush=True)
     for cut, numbers in CUTS.items():
-        how = draws(positions, *numbers)
-        kernel, by_sorting = (way(logits.clone(), MASK, how)[0] for way in WAYS.values())
-        equal = found[f"{cut}, equal"] = (kernel == by_sorting).double().mean().item()
-        for name, way in WAYS.items():
-            found[f"{cut}, {name}"] = milliseconds(partial(way, mask_id=MASK, draws=how), logits, repeats)
-        shown = ", ".join(f"{name} {median(found[f'{cut}, {name}']):.3f} ms" for name in WAYS)
+        how = draws(positions, Sampling(1.0, *numbers, 0))
+        spans = torch.tensor([0, 0 if bool(how.cut[0]) else positions, positions], dtype=torch.int32, device="cuda")
+        ways = {
+            "head": lambda how=how, spans=spans: draw(hidden, head, MASK, how, spans=spans),
+            "logits": lambda how=how: draw_whole(whole_logits(hidden, head, None), MASK, how),
+        }
+        tokens = [way().token for way in ways.values()]
+        equal = found[f"{cut}, equal"] = (tokens[0] == tokens[1]).double().mean().item()
+        for name, way in ways.items():
+            found[f"{cut}, {name}"] = milliseconds(way, repeats)
+        shown = ", ".join(f"{name} {median(found[f'{cut}, {name}']):.3f} ms" for name in ways)
         print(f"{positions:4} positions  {cut}: {shown}; {equal:.1%} of tokens equal", flush=True)
     return found
 
 
-def draws(positions: int, top_k: int, top_p: float, min_p: float) -> Draws:
-    """The same draw at all positions, each with its own noise."""
-    like = torch.ones(positions, device="cuda")
-    noise = torch.rand(positions, dtype=torch.float64, device="cuda")
-    whole = positions if (top_k >= V, top_p, min_p) == (True, 1, 0) else 0
-    return Draws(like, (like * top_k).long(), like * top_p, like * min_p, noise, whole)
+def draws(positions: int, how: Sampling) -> Draws:
+    """The same way to draw at all positions, each with its own noise."""
+    bits = torch.tensor([drawing(how)[1:]] * positions, device="cuda")
+    at = torch.arange(positions, device="cuda")
+    return Draws(hashed(at * 0, at, at * 0), *bits.view(torch.float64).float().T.contiguous())
 
 
-def milliseconds(run: Callable[[Tensor], object], x: Tensor, repeats: int) -> list[float]:
-    """Times of runs on the device, each with a copy of x that it may spoil, after three to warm up."""
+def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
+    """Times of runs on the device, after three to warm up."""
     found = []
     for _ in range(repeats + 3):
-        mine = x.clone()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(mine)
+        run()
         end.record()
         end.synchronize()
         found.append(begin.elapsed_time(end))

@@ -315,9 +315,8 @@ class DecodeConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but best tokens is asked for here."""
-        more = (self.sampling, self.report)
-        return more == (None, None) and not self.trace and self.stream_mode == "committed"
+        """Whether a step's rows say all that is asked for here."""
+        return self.report is None and not self.trace and self.stream_mode == "committed"
 
     @property
     def most_steps(self) -> int:

@@ -19,6 +19,7 @@ LONG_FILES = {
     "blocks/request.py": "the state machine of a request: one table of moves, and each move",
     "config.py": "everything that a user may set, in one place",
     "decode/decide_triton.py": "two kernels and their launches, which share offsets",
+    "decode/sampling_triton.py": "the kernels of all passes, which share records",
     "decode/select_triton.py": "selection's kernels in their two forms",
     "host/engine/executor.py": "a forward's inputs and what is read of it, around one object of the host's",
     "host/models/llada2.py": "the network, from embedding to head, as one reads it in the paper",
@@ -31,9 +32,14 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "decode/decide.py: in_torch": "a step as a pipeline of selections",
+    "decode/decide_triton.py: decide": "a step as a pipeline of launches",
+    "decode/decide_triton.py: gather_kernel": "a kernel is one function",
     "decode/decide_triton.py: rows_kernel": "a kernel is one function",
     "decode/levenshtein.py: step": "the paper's rule in its order",
-    "decode/sampling_triton.py: kernel": "a kernel is one function",
+    "decode/sampling_triton.py: bounds_kernel": "a kernel is one function",
+    "decode/sampling_triton.py: draws_kernel": "a kernel is one function",
+    "decode/sampling_triton.py: pass_over": "a launch with its arguments",
+    "decode/sampling_triton.py: slice_kernel": "a kernel is one function",
     "decode/select_triton.py: fold_kernel": "a kernel is one function",
     "decode/select_triton.py: kernel": "a kernel is one function",
     "host/engine/executor.py: launch": "the order in which host and device work is the subject",

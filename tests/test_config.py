@@ -365,3 +365,10 @@ def test_every_decode_rule_has_parameters_and_the_other_way_round() -> None:
     from sglang_llada import decode
 
     assert set(decode.ALGORITHMS) == {*config.ALGORITHMS, config.RUN}
+
+
+def test_sampling_is_in_a_steps_rows_and_keeps_none_from_being_launched_ahead(base: DecodeConfig) -> None:
+    drawn = dataclasses.replace(base, sampling=config.Sampling(1.0, 50, 0.9, 0.0, 7))
+    assert base.plain and drawn.plain
+    for more in ({"trace": True}, {"report": config.Report()}, {"stream_mode": "denoise"}):
+        assert not dataclasses.replace(drawn, **more).plain

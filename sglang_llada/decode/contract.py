@@ -7,8 +7,10 @@ block's steps that its file proves. Fixed positions keep their token, also when 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -103,6 +105,7 @@ class StepOut:
     origin: Tensor
     packed: Tensor | None = None
     best: Best | None = None
+    place: Tensor | None = None
 
 
 Step = Callable[[BlockRows, Scores, State, Params], StepOut]
@@ -117,16 +120,33 @@ class Algorithm:
     indel: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """How each of P positions is drawn, first those whose distribution is not cut.
+# The search for where a distribution is cut, see sampling.py.
+RANGE, BOUNDS, PASSES = 32.0, 64, 4
 
-    temperature, top_p, min_p: fp32 [P]; top_k: int64 [P]. noise: fp64 [P] in [0, 1). whole: how many are not cut.
+
+class Draws(NamedTuple):
+    """How each of P positions is drawn.
+
+    key: int64 [P], what its noise is made of. temperature: fp32 [P], 0 where nothing is drawn. top_k, top_p, least:
+    fp32 [P], where its distribution is cut, infinite where they cut nothing; least is the logarithm of min_p.
     """
 
+    key: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
-    min_p: Tensor
-    noise: Tensor
-    whole: int
+    least: Tensor
+
+    @property
+    def drawn(self) -> Tensor:
+        """Whether anything is, bool [P]."""
+        return self.temperature > 0
+
+    @property
+    def cut(self) -> Tensor:
+        """Whether not all tokens stay, bool [P]."""
+        return (self.top_k < math.inf) | (self.top_p < math.inf) | (self.least > -math.inf)
+
+    def at(self, positions: Tensor) -> Draws:
+        """Those of some positions."""
+        return Draws(*(each[positions] for each in self))

@@ -2,13 +2,15 @@
 
 What a step must know of each row stands in one int64 table, so that one copy takes it to the device and a graph reads
 it in one place. A row's record is the set of its open positions (bit i for position i), the state of its block, the set
-of positions that may be edited once they are decided, its algorithm and its parameters; floats are kept as the bits of
-a float64. What a step gives back of a row begins with its tokens and the first two of these, so that its next record
-begins where the last one ended. Rows that decide nothing (FILL, SEAL, padding) have the idle record.
+of positions that may be edited once they are decided, its algorithm, its parameters and its first position; floats are
+kept as the bits of a float64. What a step gives back of a row begins with its tokens and the first two of these, so
+that its next record begins where the last one ended. Rows that decide nothing (FILL, SEAL, padding) have the idle
+record.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_llada.config import DecodeConfig
+from sglang_llada.config import DecodeConfig, Sampling
 from sglang_llada.decode import ALGORITHMS, levenshtein
-from sglang_llada.decode.contract import BlockRows, Params, State, StepOut, Tokens
+from sglang_llada.decode.contract import BlockRows, Draws, Params, State, StepOut, Tokens
 from sglang_llada.decode.head import Lowered
+from sglang_llada.decode.noise import hashed
 
 CODES = {name: code for code, name in enumerate(ALGORITHMS)}
 # Of a record: the set of open positions and the state, which change from step to step, then what stays as it is.
@@ -27,16 +30,19 @@ OPEN_COLUMN = 0
 COUNTS = ("step", "edits")  # of a state, before the memory
 NUMBERS = ("steps", "max_post_edit_steps", "cumulative_budget")
 FLOATS = ("threshold", "edit_threshold")
-STAYS = ("editable", "algorithm", *NUMBERS, *FLOATS, "penalty_lambda")
+DRAWS = ("temperature", "top_k", "top_p", "least")  # floats, see contract.Draws
+STAYS = ("editable", "algorithm", *NUMBERS, *FLOATS, "penalty_lambda", "seed", *DRAWS, "start")
 EDITABLE_COLUMN, ALGORITHM_COLUMN = (STAYS.index(name) - len(STAYS) for name in ("editable", "algorithm"))
-PLACE = ("slot", "start", "source")  # of a row of a forward, behind its record
+PLACE = ("slot", "source")  # of a row of a forward, behind its record
+
+MOST_TOP_K = 1 << 24  # no vocabulary has more ids: fp32 counts them exactly
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
     """Where what stands, for blocks of T positions and states of S numbers.
 
-        a row of a forward       tokens | open | state | editable | algorithm | parameters | slot | start | source
+        a row of a forward       tokens | open | state | editable | algorithm | parameters | start | slot | source
         what a step made of it   tokens | open | state | done | trace: written | origin | prob
 
     Both begin with what goes on from step to step, `kept`. The record is what stands between tokens and slot.
@@ -67,7 +73,7 @@ class RowLayout:
 
     @property
     def record(self) -> slice:
-        """From `open` to the last parameter."""
+        """From `open` to `start`."""
         return slice(self.block_size, self.kept.stop + len(STAYS))
 
     @property
@@ -86,9 +92,19 @@ class RowLayout:
         return self.record.stop + ALGORITHM_COLUMN
 
     @property
+    def temperature(self) -> int:
+        """0 as a float, and so as an integer, where nothing is drawn."""
+        return self.record.stop + STAYS.index("temperature") - len(STAYS)
+
+    @property
     def place(self) -> slice:
-        """Slot, start and source."""
-        return slice(self.record.stop, self.width)
+        """Start, slot and source."""
+        return slice(self.start, self.width)
+
+    @property
+    def start(self) -> int:
+        """The first position."""
+        return self.record.stop - 1
 
     @property
     def slot(self) -> int:
@@ -96,14 +112,9 @@ class RowLayout:
         return self.record.stop
 
     @property
-    def start(self) -> int:
-        """The first position."""
-        return self.record.stop + 1
-
-    @property
     def source(self) -> int:
         """The row of the last step that this one goes on from, on the device; -1: it is written out."""
-        return self.record.stop + 2
+        return self.record.stop + 1
 
     @property
     def width(self) -> int:
@@ -140,12 +151,22 @@ def numbers(params: DecodeConfig) -> tuple[int, ...]:
     """What a record says of a request's parameters, the same for all of its rows."""
     integers = (int(getattr(params, name)) for name in NUMBERS)
     floats = (bits(getattr(params, name)) for name in (*FLOATS, "penalty_lambda"))
-    return (CODES[params.algorithm], *integers, *floats)
+    return (CODES[params.algorithm], *integers, *floats, *drawing(params.sampling))
 
 
-def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int]) -> list[int]:
+def drawing(how: Sampling | None) -> tuple[int, ...]:
+    """The seed and DRAWS; what cuts nothing is infinite, so that a step need not know the size of the vocabulary."""
+    if how is None:
+        return (0, *map(bits, (0.0, math.inf, math.inf, -math.inf)))
+    top_k = float(how.top_k) if how.top_k < MOST_TOP_K else math.inf
+    top_p = how.top_p if how.top_p < 1 else math.inf
+    least = math.log(how.min_p) if how.min_p > 0 else -math.inf
+    return (how.seed, *map(bits, (how.temperature, top_k, top_p, least)))
+
+
+def record(is_open: int, editable: int, numbers: Sequence[int], state: Sequence[int], start: int = 0) -> list[int]:
     """The record of a DENOISE row; a position that is in both sets is open."""
-    return [is_open, *state, editable, *numbers]
+    return [is_open, *state, editable, *numbers, start]
 
 
 def idle(block_size: int, tokens: Tokens) -> list[int]:
@@ -176,8 +197,18 @@ def repeated(ids: Tensor, table: Tensor, block_size: int) -> Lowered:
     The host's rule: the first position of a block has no such token, and to the right of an open one it is the mask.
     """
     has_left = torch.arange(block_size, device=table.device) > 0
-    by = table[:, -1:].view(torch.float64).float() * has_left  # [R, T]
+    penalty = table[:, STAYS.index("penalty_lambda") - len(STAYS), None]
+    by = penalty.view(torch.float64).float() * has_left  # [R, T]
     return Lowered(ids.roll(1), by.flatten())
+
+
+def draws_of(table: Tensor, block_size: int) -> Draws:
+    """How each position [R * T] is drawn: its noise is made of seed, position and the number of its block's step."""
+    column = dict(zip(STAYS, table[:, -len(STAYS) :].unbind(-1), strict=True))
+    position = column["start"][:, None] + torch.arange(block_size, device=table.device)
+    key = hashed(column["seed"][:, None], position, table[:, 1, None])
+    floats = (column[name].view(torch.float64).float()[:, None].expand(position.shape) for name in DRAWS)
+    return Draws(key.flatten(), *(each.flatten() for each in floats))
 
 
 def pack(out: StepOut, *, trace: bool = False) -> Tensor:

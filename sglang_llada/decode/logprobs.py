@@ -17,7 +17,7 @@ from torch import Tensor
 from sglang_llada.decode.head import Exchange, Head, Lowered
 from sglang_llada.decode.select import lower, mass_of, reference_of, sum_in_order
 from sglang_llada.decode.transfer import to_device
-from sglang_llada.decode.whole import Group, parts, places, products, shaped_logits
+from sglang_llada.decode.whole import Group, parts, products, shaped_logits
 
 VOCAB_CHUNK = 16384  # token ids; larger than select's, because each costs a dozen launches
 
@@ -83,15 +83,14 @@ def report(
     wanting = [group for group in groups if group.report is not None]
     found: dict[int, Tensor] = {}
     for part in parts([group for group in wanting if not shapes(group)]):
-        at = places(part, hidden.device)
-        asked = asked_of(part, chosen[at], mask_id, None if lowered is None else lowered.at(at))
+        at, asked = asked_of(part, chosen, mask_id, lowered)
         record = join((record_of(*chunk, asked) for chunk in chunks(hidden[at], head)), asked.top)
         if exchange is not None:
             record = join([Record.unpack(packed, asked.top) for packed in exchange(record.pack())], asked.top)
         found |= columns(part, record)
     for part in parts([group for group in wanting if shapes(group)]):
-        at, logits = shaped_logits(hidden, part, head, exchange, lowered)
-        found |= columns(part, record_of(0, logits, asked_of(part, chosen[at], mask_id, None)))
+        _, logits = shaped_logits(hidden, part, head, exchange, lowered)
+        found |= columns(part, record_of(0, logits, asked_of(part, chosen, mask_id, None)[1]))
     return torch.cat([found[id(group)] for group in wanting])
 
 
@@ -107,18 +106,20 @@ def tokens_by_place(ids: Tensor, origin: Tensor) -> Tensor:
     return torch.zeros_like(ids[:, :1]).repeat(1, T + 1).scatter(-1, place, ids)[:, :T].flatten()
 
 
-def asked_of(part: list[Group], chosen: Tensor, mask_id: int, lowered: Lowered | None) -> Asked:
-    """What groups ask about their positions, of whose tokens `chosen` [P] come first."""
+def asked_of(part: list[Group], chosen: Tensor, mask_id: int, lowered: Lowered | None) -> tuple[Tensor, Asked]:
+    """The flat positions [P] of groups and what they ask about these, first their tokens of all `chosen` [R * T]."""
     reports = [group.report for group in part if group.report is not None]
     width = max(len(report.ids) for report in reports)
-    table = []  # of each group's positions: temperature, whether the mask is out, whether logits are lowered, ids
+    table = []  # of each position: temperature, whether the mask is out, whether logits are lowered, where it is, ids
     for group, report in zip(part, reports, strict=True):
         how = None if report.original else group.sampling
         row = [1.0 if how is None else how.temperature, how is not None, not report.original]
-        table += [[*row, *report.ids, *[0] * (width - len(report.ids))]] * len(group.at)
+        table += [[*row, at, *report.ids, *[0] * (width - len(report.ids))] for at in group.at]
     columns = to_device(torch.tensor(table, dtype=torch.float64), chosen.device)  # one copy takes it all
-    return Asked(
-        ids=torch.cat((chosen.clamp(min=0)[:, None], columns[:, 3:].long()), dim=-1),
+    at = columns[:, 3].long()
+    lowered = None if lowered is None else lowered.at(at)
+    return at, Asked(
+        ids=torch.cat((chosen[at].clamp(min=0)[:, None], columns[:, 4:].long()), dim=-1),
         top=max(report.top for report in reports),
         mask_id=mask_id,
         temperature=columns[:, 0].float(),

@@ -1,94 +1,178 @@
-"""Sampling, for positions of requests that ask for it: one draw per position and step, from whole logits (whole.py).
+"""Sampling, for positions of requests that ask for it: one draw per position and step, from a vocabulary never whole.
 
-The tokens' distribution is the softmax of logits / temperature, the mask left out, cut by top-k, top-p and min-p as the
-host's sampler cuts it and scaled to 1 again. The draw takes the token at which the distribution's sum, in order of ids,
-passes a number in [0, 1). That number is a hash of the request's seed, the position and the number of its decode step,
-so it depends on nothing else: not on the batch, its order, the number of ranks or what ran before. The probability of
-the drawn token in this distribution is the confidence by which an algorithm decides.
+The tokens' distribution is the softmax of logits / temperature, the mask left out, cut and scaled to 1 again. Of a cut
+distribution those tokens stay above which there are fewer than top_k others, with at most top_p of the mass, and that
+have at least min_p times the best one's probability; equals stay or go together. What is drawn is the token whose logit
+and noise (noise.py) are highest in sum, so that chunks, and shards of several ranks, are put together like those of
+selection (select.py). Its probability in this distribution is the confidence by which an algorithm decides.
 
-Here is the definition, by sorting; on a CUDA device a kernel does the same without it (sampling_triton.py).
+Where a distribution is cut is searched between the highest logit and RANGE below it, where nothing has any weight:
+PASSES times the tokens above BOUNDS evenly spaced bounds are counted and weighed, and the next bounds divide the space
+between two of them. All bounds are exact in fp32. In the end the cut is known to 2^-19, which is what rounding leaves
+of such logits.
+
+Here is the definition; on a CUDA device kernels do the same (sampling_triton.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.contract import BOUNDS, PASSES, RANGE, Draws
+from sglang_llada.decode.head import Best, Exchange, Head, Lowered
+from sglang_llada.decode.noise import gumbel
+from sglang_llada.decode.select import chunks, mass_of, reference_of, sum_in_order
 
-UNIT = 2.0**-53
+Chunks = Callable[[], Iterable[tuple[int, Tensor]]]  # first ids and logits, of the whole vocabulary or a rank's shard
 
 
-def draw(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Sampled tokens, int64 [P], and their probabilities, fp32 [P], from logits fp32 [P, V], which are spoilt.
+class Drawn(NamedTuple):
+    """Of each position over part of the vocabulary, [P]: the token that is drawn from it, and what it weighs.
 
-    A position whose logits hold a NaN or plus infinity, or only minus infinity, has token -1 and probability 0.
+    score: fp32, its logit (divided by the temperature) and noise in sum. token: int64. logit: fp32. peak, total: fp32,
+    as in select.Partial.
     """
+
+    score: Tensor
+    token: Tensor
+    logit: Tensor
+    peak: Tensor
+    total: Tensor
+
+    def pack(self) -> Tensor:
+        """All of it, fp32 [P, 5]; ids below 2**24 survive exactly."""
+        return torch.stack([each.float() for each in self], dim=-1)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Drawn:
+        """The inverse of pack."""
+        score, token, logit, peak, total = packed.unbind(-1)
+        return Drawn(score, token.long(), logit, peak, total)
+
+
+def draw(
+    hidden: Tensor,
+    head: Head,
+    mask_id: int,
+    draws: Draws,
+    exchange: Exchange | None = None,
+    spans: Tensor | None = None,
+    lowered: Lowered | None = None,
+) -> Best:
+    """A token for each position, and its probability.
+
+    A position has token -1 and probability 0 whose logits hold a NaN or plus infinity, or nothing but minus infinity
+    beside the mask.
+
+    Args:
+        hidden: normed hidden states of the positions, [P, H].
+        head, exchange, lowered: as for select.
+        mask_id: never drawn.
+        spans: where positions begin that are drawn from all tokens, then those that are drawn from some, and where
+            these end, int32 [3]; what others get means nothing. A device saves their work.
+    """
+    if hidden.is_cuda:
+        from sglang_llada.decode import sampling_triton
+
+        return sampling_triton.draw(hidden, head, mask_id, draws, exchange, spans, lowered)
+    return from_chunks(lambda: chunks(hidden, head, lowered), mask_id, draws, exchange)
+
+
+def draw_whole(logits: Tensor, mask_id: int, draws: Draws) -> Best:
+    """As draw, of logits fp32 [P, V] that exist already."""
     if logits.is_cuda:
         from sglang_llada.decode import sampling_triton
 
-        return sampling_triton.draw(logits, mask_id, draws)
-    return draw_sorted(logits, mask_id, draws)
+        return sampling_triton.draw(logits, None, mask_id, draws, None, None, None)
+    return from_chunks(lambda: [(0, logits)], mask_id, draws)
 
 
 def warm_up(vocabulary: int, mask_id: int, device: torch.device | str) -> None:
-    """Draw once, so that no request waits for a kernel to be compiled."""
+    """Draw from whole logits once, so that no request waits for kernels to be compiled."""
     one = torch.ones(1, device=device)
-    how = Draws(temperature=one, top_k=one.long(), top_p=one, min_p=one * 0, noise=one.double() * 0, whole=0)
-    draw(torch.zeros(1, vocabulary, device=device), mask_id, how)
+    draw_whole(torch.zeros(1, vocabulary, device=device), mask_id, Draws(one.long(), one, one, one, one - math.inf))
 
 
-def draw_sorted(logits: Tensor, mask_id: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """As draw, in torch."""
-    sound = logits.amax(-1).isfinite()
-    logits[:, mask_id] = float("-inf")
-    chances = (logits / draws.temperature[:, None]).softmax(-1)
-    uncut, cut = slice(draws.whole), slice(draws.whole, None)
-    token, prob = sample(chances[uncut], draws.noise[uncut])
-    if draws.whole < len(chances):
-        left = cut_off(chances[cut], draws.top_k[cut], draws.top_p[cut], draws.min_p[cut])
-        others = sample(left, draws.noise[cut])
-        token, prob = torch.cat((token, others[0])), torch.cat((prob, others[1]))
-    return token.where(sound, -1), prob.where(sound, 0.0)
+def from_chunks(logits: Chunks, mask_id: int, draws: Draws, exchange: Exchange | None = None) -> Best:
+    """As draw, of logits that come chunk by chunk, as often as they are asked for."""
+
+    def heated() -> Iterator[tuple[int, Tensor]]:
+        for first, x in logits():
+            yield first, divided(x, first, mask_id, draws)
+
+    def ranks(mine: Tensor) -> Sequence[Tensor]:
+        return [mine] if exchange is None else exchange(mine)
+
+    def drawn(change: Callable[[Tensor], Tensor]) -> Drawn:
+        mine = join([drawn_of(change(x), first, draws.key) for first, x in heated()])
+        return join([Drawn.unpack(each) for each in ranks(mine.pack())])
+
+    every = drawn(lambda x: x)
+    searched = (draws.top_k < math.inf) | (draws.top_p < math.inf)
+    low, width = torch.full_like(every.peak, -RANGE).where(searched, -math.inf), RANGE / BOUNDS
+    for _ in range(PASSES):
+        above = sum_in_order(torch.stack([above_bounds(x - every.peak[:, None], low, width) for _, x in heated()]))
+        low = raised(low, width, sum_in_order(torch.stack(list(ranks(above)))), draws, every.total)
+        width /= BOUNDS
+
+    def cut_off(x: Tensor) -> Tensor:
+        below = x - every.peak[:, None]
+        return x.where((below > low[:, None]) & (below >= draws.least[:, None]), -math.inf)
+
+    return finish(drawn(cut_off))
 
 
-def cut_off(chances: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Probabilities [P, V] with 0 where they are cut.
+def divided(logits: Tensor, first: int, mask_id: int, draws: Draws) -> Tensor:
+    """Logits fp32 [P, v] of the ids from `first` on over their temperatures; the mask's, if sound, minus infinity."""
+    x = logits / draws.temperature.where(draws.drawn, 1.0)[:, None]
+    is_mask = torch.arange(first, first + x.shape[-1], device=x.device) == mask_id
+    return x.masked_fill_(is_mask & (x < float("inf")), float("-inf"))
 
-    Of a list in falling order, of equals the lowest id first, the first top_k stay, of those the ones before which at
-    most top_p has been summed up, and those with at least min_p times the first one's probability.
+
+def drawn_of(x: Tensor, first: int, key: Tensor) -> Drawn:
+    """The record of logits [P, v] of the ids from `first` on."""
+    peak = x.amax(-1)
+    score = x + gumbel(key, torch.arange(first, first + x.shape[-1], device=x.device))
+    at = score.argmax(-1, keepdim=True)
+    score, logit = (each.gather(-1, at)[:, 0] for each in (score, x))
+    return Drawn(score, at[:, 0] + first, logit, peak, mass_of(x, peak))
+
+
+def join(parts: Sequence[Drawn]) -> Drawn:
+    """Parts of the vocabulary, in order of their token ids, put together; of equal scores the lowest id."""
+    score, token, logit, peak, total = (torch.stack(each) for each in zip(*parts, strict=True))
+    at, highest = score.argmax(0, keepdim=True), peak.amax(0)
+    score, token, logit = (each.gather(0, at)[0] for each in (score, token, logit))
+    return Drawn(score, token, logit, highest, sum_in_order(total * (peak - reference_of(highest)).exp()))
+
+
+def above_bounds(x: Tensor, low: Tensor, width: float) -> Tensor:
+    """How many of the logits [P, v], less the highest, are above each bound, and their mass, fp32 [P, 2 BOUNDS].
+
+    Bound j is low [P] + j * width.
     """
-    falling, order = chances.sort(dim=-1, descending=True, stable=True)
-    before = falling.cumsum(-1) - falling
-    rank = torch.arange(chances.shape[-1], device=chances.device)
-    stays = (rank < top_k[:, None]) & (before <= top_p[:, None]) & (falling >= falling[:, :1] * min_p[:, None])
-    # Back in order of ids: a draw from the falling list would hang on the order of nearly equal ones.
-    return chances.masked_fill(~torch.zeros_like(stays).scatter(-1, order, stays), 0.0)
+    bounds = low[:, None] + torch.arange(BOUNDS, device=x.device) * width
+    passed = torch.searchsorted(bounds, x)  # so many bounds are below
+    kinds = torch.stack((torch.ones_like(x), x.exp())).double()
+    sums = kinds.new_zeros(2, len(x), BOUNDS + 1).scatter_add(-1, passed.expand(kinds.shape), kinds)
+    above = sums[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    return torch.cat(tuple(above), dim=-1).float()
 
 
-def sample(chances: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of weights [P, V] the id that noise [P] falls on, and its share of the sum, fp32 [P]."""
-    upto = chances.double().cumsum(-1)
-    total = upto[:, -1:]
-    token = torch.searchsorted(upto, total * noise[:, None].clamp(max=1 - 2 * UNIT), right=True)
-    token = token.clamp(max=chances.shape[-1] - 1)  # a row of NaN
-    return token[:, 0], (chances.gather(-1, token) / total).float()[:, 0]
+def raised(low: Tensor, width: float, above: Tensor, draws: Draws, total: Tensor) -> Tensor:
+    """The highest bound [P] at which tokens go, of `above` [P, 2 BOUNDS]; the lowest one if there is none."""
+    count, mass = above.split(BOUNDS, dim=-1)
+    go = (count >= draws.top_k[:, None]) | (mass > (draws.top_p * total)[:, None])  # true, then false
+    return low + (go.sum(-1) - 1).clamp(min=0) * width
 
 
-def uniform(seed: Tensor, position: Tensor, step: Tensor) -> Tensor:
-    """A number in [0, 1) from each triple of int64: 53 bits of a hash, as fp64."""
-    bits = mix(mix(mix(seed) ^ position) ^ step)
-    return (logical_shift(bits, 11)).double() * UNIT
-
-
-def mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on int64 that wrap."""
-    z = x + -0x61C8864680B583EB
-    z = (z ^ logical_shift(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ logical_shift(z, 27)) * -0x6B2FB644ECCEEE15
-    return z ^ logical_shift(z, 31)
-
-
-def logical_shift(x: Tensor, bits: int) -> Tensor:
-    """x >> bits with zeros coming in."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def finish(part: Drawn) -> Best:
+    """The token and its probability, of a whole vocabulary's record."""
+    prob = (part.logit - part.peak).exp() / part.total
+    sound = prob.isfinite()
+    return Best(part.token.where(sound, -1)[:, None], prob.where(sound, 0.0)[:, None])

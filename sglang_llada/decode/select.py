@@ -11,6 +11,8 @@ step needs positions x VOCAB_CHUNK of them at once, plus one chunk of weights wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,16 +61,20 @@ def best(logits: Tensor, mask_id: int, count: int = 1) -> Best:
 def reduce(hidden: Tensor, head: Head, mask_id: int, count: int, lowered: Lowered | None = None) -> Partial:
     """A head reduced chunk by chunk."""
     part: Partial | None = None
-    hidden = hidden.float()
-    for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):
-        first = head.first + at * VOCAB_CHUNK
-        logits = F.linear(hidden, rows.float())
-        if lowered is not None:
-            logits = lower(logits, first, lowered)
+    for first, logits in chunks(hidden, head, lowered):
         chunk = reduce_logits(logits, first, mask_id, count)
         part = chunk if part is None else merge([part, chunk])
     assert part is not None
     return part
+
+
+def chunks(hidden: Tensor, head: Head, lowered: Lowered | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The head's ids in parts: the first id of each and logits fp32 [P, v]."""
+    hidden = hidden.float()
+    for at, rows in enumerate(head.weight.split(VOCAB_CHUNK)):
+        first = head.first + at * VOCAB_CHUNK
+        logits = F.linear(hidden, rows.float())
+        yield first, logits if lowered is None else lower(logits, first, lowered)
 
 
 def reduce_logits(logits: Tensor, first: int, mask_id: int, count: int) -> Partial:

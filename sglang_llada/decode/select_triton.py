@@ -346,6 +346,45 @@ def raised(top, mass, x):
 
 
 @triton.jit
+def product(
+    hidden,
+    weight,
+    begin,
+    row,
+    there,
+    known,
+    HIDDEN: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    IDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UPRIGHT: tl.constexpr,
+    BY_TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Logits fp32 [POSITIONS, IDS] of the positions from `begin` on and the rows of the weights from `row` on.
+
+    Which of those exist say `there` and `known`; the other arguments are kernel()'s.
+    """
+    x = tl.zeros((IDS, POSITIONS), tl.float32) if UPRIGHT else tl.zeros((POSITIONS, IDS), tl.float32)
+    for k in range(0, HIDDEN, WIDTH):
+        if BY_TILE:
+            a = hidden.load([begin, k])
+            b = weight.load([row, k])
+        else:
+            p, i, d = begin + tl.arange(0, POSITIONS), row + tl.arange(0, IDS), k + tl.arange(0, WIDTH)
+            inside = (d < HIDDEN)[None, :]
+            a = tl.load(hidden + p[:, None].to(tl.int64) * HIDDEN + d[None, :], there[:, None] & inside, 0.0)
+            b = tl.load(weight + i[:, None].to(tl.int64) * HIDDEN + d[None, :], known[:, None] & inside, 0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        if UPRIGHT:
+            x = tl.dot(b, tl.trans(a), x, input_precision="ieee")
+        else:
+            x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
+    return tl.trans(x) if UPRIGHT else x
+
+
+@triton.jit
 def kernel(
     hidden,
     weight,
@@ -397,24 +436,9 @@ def kernel(
     for tile in tl.range(s * tiles // slices, (s + 1) * tiles // slices, flatten=FLAT):
         row = tile * IDS + tl.arange(0, IDS)
         known = row < vocabulary
-        x = tl.zeros((IDS, POSITIONS), tl.float32) if UPRIGHT else tl.zeros((POSITIONS, IDS), tl.float32)
-        for k in range(0, HIDDEN, WIDTH):
-            if BY_TILE:
-                a = hidden.load([begin, k])
-                b = weight.load([tile * IDS, k])
-            else:
-                d = k + tl.arange(0, WIDTH)
-                inside = (d < HIDDEN)[None, :]
-                a = tl.load(hidden + p[:, None].to(tl.int64) * HIDDEN + d[None, :], there[:, None] & inside, 0.0)
-                b = tl.load(weight + row[:, None].to(tl.int64) * HIDDEN + d[None, :], known[:, None] & inside, 0.0)
-            if UPCAST:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            if UPRIGHT:
-                x = tl.dot(b, tl.trans(a), x, input_precision="ieee")
-            else:
-                x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
-        if UPRIGHT:
-            x = tl.trans(x)
+        x = product(
+            hidden, weight, begin, tile * IDS, there, known, HIDDEN, POSITIONS, IDS, WIDTH, UPRIGHT, BY_TILE, UPCAST
+        )
         x = tl.where(known[None, :], x, float("-inf"))
         names = (first + row)[None, :]
         if LOWERED:  # noqa: SIM102 (else there is nothing to ask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from sglang_llada.config import ALGORITHMS, SHOWN, DecodeConfig, Sampling
 from sglang_llada.llada2.checkpoint import CheckpointFacts
 from sglang_llada.llada2.reference import GIVEN, Generation, Llada2ForDiffusion, generate, last_given, quota
 
+TINY = 1e-30
 CANDIDATES, TRIED, SEEN = 5, 4, 64  # what is looked at and remembered; see LevenshteinBlock
 
 Candidates = list[list[tuple[int, float]]]  # of each position the best tokens and their probabilities, best first
@@ -31,6 +32,7 @@ class LiveBlock(Protocol):
     fixed: list[bool]  # which are given
     notes: list[tuple[int, float]]
     edited: bool  # whether decided positions may change too
+    step_index: int  # steps made so far
     gaps: list[float]  # of the last step: how far decisions were from going the other way
 
     @property
@@ -125,7 +127,8 @@ def generate_blocks(
 
     The token that stands to the left of a position in its block, the mask included, has a logit lower by
     `penalty_lambda` there. With `wishes` logits change next, where a token may change.
-    With `sampling` the first candidate is drawn wherever a token may change, and the best ones follow it.
+    With `sampling` the first candidate is drawn wherever a token may change, and the best ones follow it; the noise of
+    a position follows from the number of its block's step, and is that of the first step once the block is done.
 
     Each step is one for every live block that is not done, and edits for those that are. Then, in this order:
 
@@ -171,10 +174,10 @@ def generate_blocks(
             for at in range(size):
                 if sampling is not None and may_change(block, at):
                     here = i * size + at
-                    noise = uniform(sampling.seed, len(gone) + here, out.forwards - 1)
-                    one, gap = drawn(logits[here], mask_id, sampling, noise)
+                    key = hashed(sampling.seed, len(gone) + here, 0 if done[i] else block.step_index)
+                    one, gap = drawn(logits[here], mask_id, sampling, key)
                     mine[at] = [one, *(other for other in mine[at][:-1] if other[0] != one[0])]
-                    narrow.append(100 * gap)  # sums of probabilities are that much nearer to exact than logits
+                    narrow.append(gap)
             if done[i]:
                 block.edit(mine)
             else:
@@ -226,42 +229,53 @@ def may_change(block: LiveBlock, at: int) -> bool:
     return block.open[at] or (block.edited and not block.fixed[at])
 
 
-def drawn(logits: Tensor, mask_id: int, how: Sampling, noise: float) -> tuple[tuple[int, float], float]:
-    """The token that a number in [0, 1) falls on, its probability, and how far it was from being another one."""
+def drawn(logits: Tensor, mask_id: int, how: Sampling, key: int) -> tuple[tuple[int, float], float]:
+    """The token whose logit and noise are highest in sum, its probability, and how far it was from being another one.
+
+    Of tokens above which there are fewer than top_k, with at most top_p of the mass, and which have at least min_p
+    times the best one's probability.
+    """
     scaled = logits.double() / how.temperature
     scaled[mask_id] = float("-inf")
-    pairs = list(enumerate(scaled.softmax(-1).tolist()))
-    margins = []
-    if how.top_k < len(pairs) or how.top_p < 1 or how.min_p > 0:
-        pairs.sort(key=lambda pair: -pair[1])
-        kept: list[tuple[int, float]] = []
-        before = 0.0
-        for token, chance in pairs:
-            least = how.min_p * pairs[0][1]
-            margins += [abs(before - how.top_p)] * (how.top_p < 1) + [abs(chance - least)] * (
-                how.min_p > 0 and bool(kept)
-            )
-            if len(kept) == how.top_k or before > how.top_p or chance < least:
-                margins.append(kept[-1][1] - chance)  # in floating point it might have stood before
-                break
-            kept.append((token, chance))
-            before += chance
-        pairs = sorted(kept)
-    target, upto = noise * sum(chance for _, chance in pairs), list(accumulate(chance for _, chance in pairs))
-    at = next(i for i, mass in enumerate(upto) if mass > target)
-    margins += [upto[at] - target, target - upto[at] + pairs[at][1]]
-    return (pairs[at][0], pairs[at][1] / upto[-1]), min(margins)
+    chances = scaled.softmax(-1).tolist()
+    falling = sorted(range(len(chances)), key=lambda token: -chances[token])
+    top, before, margins = chances[falling[0]], 0.0, [1.0]
+    kept: list[int] = []
+    for rank, token in enumerate(falling):
+        chance = chances[token]
+        equal = rank > 0 and chance == chances[falling[rank - 1]]
+        margins += [abs(before - how.top_p)] * (how.top_p < 1)
+        margins += [abs(math.log(max(chance, TINY) / top / how.min_p))] if how.min_p > 0 else []
+        if not equal and (rank >= how.top_k or before > how.top_p or chance < how.min_p * top):
+            margins.append(math.log(chances[kept[-1]] / max(chance, TINY)))  # in floating point they might be equal
+            break
+        kept.append(token)
+        before += chance
+    scores = {token: float(scaled[token]) + gumbel(key, token) for token in kept}
+    best = max(kept, key=lambda token: scores[token])
+    margins += [scores[best] - score for token, score in scores.items() if token != best]
+    return (best, chances[best] / sum(chances[token] for token in kept)), min(margins)
 
 
-def uniform(seed: int, position: int, step: int) -> float:
-    """A number in [0, 1): 53 bits of SplitMix64's finaliser, applied to the seed and then to each of the other two."""
+def gumbel(key: int, token: int) -> float:
+    """Noise of a token: a hash of the key (two words) and the id, as a number in (0, 1), as Gumbel's distribution."""
+    word = 2**32
+    x = token ^ key % word
+    x = (x ^ x >> 16) * 0x7FEB352D % word ^ key // word
+    x = (x ^ x >> 15) * 0x846CA68B % word
+    uniform = min(((x ^ x >> 16) + 0.5) / word, 1 - 2.0**-24)
+    return -math.log(-math.log1p(-uniform))
+
+
+def hashed(seed: int, position: int, step: int) -> int:
+    """64 bits: SplitMix64's finaliser, applied to the seed and then to each of the other two."""
     bits = 0
     for number in (seed, position, step):
         bits = ((bits ^ number) + 0x9E3779B97F4A7C15) % 2**64
         bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
         bits ^= bits >> 31
-    return (bits >> 11) / 2**53
+    return bits
 
 
 def edge(chance: float, threshold: float) -> float:
@@ -272,7 +286,7 @@ def edge(chance: float, threshold: float) -> float:
 def logit_gap(candidates: list[tuple[int, float]]) -> float:
     """Difference in logit of the first two."""
     (_, best), (_, next_best) = candidates[:2]
-    return abs(math.log(max(best, 1e-30)) - math.log(max(next_best, 1e-30)))
+    return abs(math.log(max(best, TINY)) - math.log(max(next_best, TINY)))
 
 
 class ThresholdBlock:

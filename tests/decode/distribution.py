@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from scipy.stats import chisquare
 
 from sglang_llada.config import Sampling
+from sglang_llada.decode.contract import Draws
+from sglang_llada.decode.layout import drawing
+from sglang_llada.decode.noise import hashed
 
 V, MASK, SAMPLES = 40, 7, 20_000
 WAYS: dict[str, dict[str, Any]] = {
@@ -23,6 +27,18 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def sampling(seed: int = 0, **values: Any) -> Sampling:
     return Sampling(**{"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "seed": seed, **values})
+
+
+def keys(count: int) -> torch.Tensor:
+    """Of seeds from 0 on, all at one position and step."""
+    seeds = torch.arange(count)
+    return hashed(seeds, torch.full_like(seeds, 3), torch.zeros_like(seeds))
+
+
+def draws(ways: Sequence[Sampling | None], key: torch.Tensor) -> Draws:
+    """One position of each way; None draws nothing."""
+    bits = torch.tensor([drawing(way)[1:] for way in ways])
+    return Draws(key, *bits.view(torch.float64).float().unbind(-1))
 
 
 def share(logits: torch.Tensor, way: Sampling) -> torch.Tensor:

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sglang_llada.config import RUN, DecodeConfig
+from sglang_llada.config import RUN, DecodeConfig, Sampling
 from sglang_llada.decode import ALGORITHMS, levenshtein
+from sglang_llada.decode import decide as decide_module
 from sglang_llada.decode.contract import BlockRows, Params, Scores, State, StepOut, Tokens
 from sglang_llada.decode.decide import decide
 from sglang_llada.decode.head import Head
-from sglang_llada.decode.layout import CODES, fresh, idle, number, numbers, pack, record, repeated, unpack
+from sglang_llada.decode.layout import CODES, STAYS, fresh, idle, number, numbers, pack, record, repeated, unpack
 from sglang_llada.decode.select import best
+from sglang_llada.decode.whole import Group
 from tests.sets import set_of
 
 T, V, WIDTH, MASK = 6, 50, 8, 9
@@ -96,7 +98,7 @@ def test_decisions_are_those_of_the_step_on_full_scores(seed: int, tokens: Token
     logits = hidden @ head.weight.T
     for r, row in enumerate(rows):  # a penalty for the token to the left, in the block
         for at in range(r * T + 1, (r + 1) * T):
-            logits[at, ids[at - 1]] -= number(row[-1])
+            logits[at, ids[at - 1]] -= number(row[STAYS.index("penalty_lambda") - len(STAYS)])
     found, several = best(logits, MASK), best(logits, -1, levenshtein.CANDIDATES)
     scores = Scores(
         found.token.view(-1, T), found.prob.view(-1, T), several.token.view(-1, T, 5), several.prob.view(-1, T, 5)
@@ -110,6 +112,32 @@ def test_decisions_are_those_of_the_step_on_full_scores(seed: int, tokens: Token
             assert torch.equal(got.ids[r], want.ids[r]) and torch.equal(got.open[r], want.open[r])
             assert got.done[r] == want.done[r] and got.state.edits[r] == want.state.edits[r]
             assert torch.equal(got.state.memory[r], want.state.memory[r])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tokens", [PLAIN, INDEL])
+def test_who_changes_logits_has_nobody_selected_or_drawn_again(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside greedy rows and rows that draw; what stands of a step may have rows behind these, as a graph's does."""
+    torch.manual_seed(3)
+    rng, how = random.Random(3), [None, Sampling(1.0, 5, 0.9, 0.0, 7), Sampling(2.0, 1 << 30, 1.0, 0.0, -1)]
+    many = [replace(params_of("threshold", tokens), sampling=how[i % 3]) for i in range(8)]
+    rows = [record(rng.randrange(1, 1 << T), 0, numbers(each), fresh(T, tokens), T * i) for i, each in enumerate(many)]
+    hidden, ids, head = torch.randn(8 * T, WIDTH), torch.full((8 * T,), MASK), Head(torch.randn(V, WIDTH))
+    options = {"head": head, "block_size": T, "tokens": tokens, "drawing": 8 * T}
+    found = decide(hidden, ids, torch.tensor(rows), 8 * T, **options)
+    block, *_ = unpack(ids, torch.tensor(rows), T, tokens)
+    open_ones = block.open.flatten().nonzero()[:, 0].tolist()
+    groups = [
+        Group([i for i in open_ones if i // T == r], how[r % 3], lambda x: x + torch.arange(V) % 7 * 5.0)
+        for r in (0, 4)
+    ]
+    first = (hidden[: 6 * T], ids[: 6 * T], torch.tensor(rows[:6]))
+    want = decide(*first, 6 * T, groups=groups, **options)
+    for name in ("select", "draw"):
+        monkeypatch.setattr(decide_module, name, None)
+    got = decide(*first, 6 * T, groups=groups, found=found, **options)
+    assert torch.equal(pack(got, trace=True), pack(want, trace=True))
+    kept = [r not in (0, 4) for r in range(6)]
+    assert torch.equal(got.ids[kept], found.ids[:6][kept]) and not torch.equal(got.ids, found.ids[:6])
 
 
 @pytest.mark.parametrize("tokens", [PLAIN, INDEL])

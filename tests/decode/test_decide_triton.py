@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sglang_llada.config import RUN, DecodeConfig
+from sglang_llada.config import RUN, DecodeConfig, Sampling
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.decide import decide
 from sglang_llada.decode.head import Head
@@ -24,7 +24,7 @@ MASK, V, WIDTH = 9, 40, 8
 TOKENS = Tokens(MASK)
 
 if INTERPRETED:
-    from sglang_llada.decode import decide_triton, select_triton
+    from sglang_llada.decode import decide_triton, sampling, sampling_triton, select_triton
     from sglang_llada.decode.select_triton import Form
 
     @pytest.fixture(autouse=True)
@@ -32,6 +32,9 @@ if INTERPRETED:
         """Sizes at which the interpreter is quick and loops are not over at once."""
         form = Form(64, 64, 16, warps=4, stages=2, programs=1)
         monkeypatch.setattr(select_triton, "form_of", lambda hidden, invariant: form)
+        for module in (sampling, sampling_triton):  # more passes of fewer bounds
+            monkeypatch.setattr(module, "BOUNDS", 16)
+            monkeypatch.setattr(module, "PASSES", 6)
         monkeypatch.setattr(decide_triton, "ROWS", tl.constexpr(4))  # counted in several rounds
 
     def a_record(rng: random.Random, T: int) -> list[int]:
@@ -44,17 +47,19 @@ if INTERPRETED:
         if params.edits:
             how |= {"edit_threshold": rng.choice([0.05, 0.3]), "max_post_edit_steps": rng.randint(0, 3)}
             how["penalty_lambda"] = rng.choice([0.0, 0.5, 3.0])
-        params = replace(params, **how)
+        cut = rng.choice([(1 << 30, 1.0, 0.0), (5, 1.0, 0.0), (1 << 30, 0.8, 0.0), (9, 0.9, 0.1)])
+        sampling = Sampling(rng.choice([0.5, 1.5]), *cut, rng.randrange(-(2**63), 2**63))
+        params = replace(params, **how, sampling=sampling if rng.random() < 0.5 else None)
         is_open = rng.choice([0, (1 << T) - 1, rng.randrange(1 << T), rng.randrange(1 << T) & rng.randrange(1 << T)])
         state = [rng.randint(0, T - 1), rng.randint(0, 3)]
         # As bits of an int64.
         sets = [each - (1 << 64) if each >> 63 else each for each in (is_open, rng.randrange(1 << T))]
-        return record(sets[0], sets[1] if params.edits else 0, numbers(params), state)
+        return record(sets[0], sets[1] if params.edits else 0, numbers(params), state, rng.randrange(99) * T)
 
     def both(hidden: Tensor, ids: Tensor, table: Tensor, head: Head, T: int, count: int) -> tuple[Tensor, Tensor]:
         """What the kernels say and what torch says, packed; that they say it unpacked too is checked."""
-        want = decide(hidden, ids, table, count, head=head, block_size=T, tokens=TOKENS)
-        got = decide_triton.decide(hidden, ids, table, count, head, T, MASK)
+        want = decide(hidden, ids, table, count, head=head, block_size=T, tokens=TOKENS, drawing=count)
+        got = decide_triton.decide(hidden, ids, table, count, head, T, MASK, drawing=count)
         for name in ("ids", "open", "done", "written", "origin"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         assert torch.equal(got.state.step, want.state.step) and torch.equal(got.state.edits, want.state.edits)
@@ -98,15 +103,15 @@ if INTERPRETED:
         wanted = (block.open | block.editable).flatten().nonzero()[:, 0].tolist()
         favoured = torch.arange(V) % 7 * 5.0
         groups = [
-            Group(wanted[1:4], V, shape=lambda x: x + favoured),
-            Group(wanted[7:], V, shape=lambda x: x - favoured),
+            Group(wanted[1:4], shape=lambda x: x + favoured),
+            Group(wanted[7:], Sampling(1.0, 1 << 30, 1.0, 0.0, 0), shape=lambda x: x - favoured),
         ]
-        options: dict[str, Any] = {"head": head, "block_size": T, "tokens": TOKENS}
+        options: dict[str, Any] = {"head": head, "block_size": T, "tokens": TOKENS, "drawing": 9 * T}
         want = pack(decide(hidden, ids, table, 9 * T, groups=groups, **options))
-        plain = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK)
+        plain = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK, drawing=9 * T)
         assert not torch.equal(pack(plain), want)
-        for best in (None, plain.best):
-            got = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK, None, groups, best)
+        for found in (None, plain):
+            got = decide_triton.decide(hidden, ids, table, 9 * T, head, T, MASK, None, groups, 9 * T, found)
             assert torch.equal(pack(got), want)
 
     def test_the_table_may_be_part_of_a_wider_one() -> None:
@@ -150,14 +155,21 @@ else:
 
     KERNELS = {
         decide_triton.gather_kernel: (
-            {"hidden": "bf16", "ids": "i64", "table": "i64", "gathered": "bf16", "number": "i32"}
-            | {"less": "i64", "by": "fp32"},
+            {"hidden": "bf16", "ids": "i64", "table": "i64", "gathered": "bf16", "spans": "i32", "place": "i32"}
+            | {"less": "i64", "by": "fp32", "key": "i64", "how": "fp32"},
             ["stride", "count"],
             {"HIDDEN": 2048},
         ),
         decide_triton.rows_kernel: (
             dict.fromkeys(("ids", "table", "token", "packed"), "i64")
-            | {"prob": "fp32", "prob_out": "fp32", "open_out": "u8", "done_out": "u8", "written_out": "u8"},
+            | {
+                "place": "i32",
+                "prob": "fp32",
+                "prob_out": "fp32",
+                "open_out": "u8",
+                "done_out": "u8",
+                "written_out": "u8",
+            },
             ["stride"],
             {},
         ),

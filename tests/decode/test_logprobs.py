@@ -16,7 +16,7 @@ from sglang_llada.decode import logprobs
 from sglang_llada.decode.head import Head, Lowered
 from sglang_llada.decode.logprobs import report
 from sglang_llada.decode.select import lower
-from sglang_llada.decode.whole import Group, order
+from sglang_llada.decode.whole import Group
 
 V, H, R, T, MASK = 50, 8, 6, 4, 9
 
@@ -35,9 +35,9 @@ def groups(rng: random.Random, *, shaped: bool = True) -> list[Group]:
         ids = tuple(rng.sample(range(V), rng.randint(0, 3)))
         wanted = Report(top=rng.randint(0, 6), ids=ids, original=rng.random() < 0.5)
         at = [r * T + i for i in sorted(rng.sample(range(T), rng.randint(1, T)))]
-        found.append(Group(at, V, sampling, None, shape, wanted if rng.random() < 0.9 else None))
-    found.append(Group([0], V, report=Report(top=2)))
-    return sorted(found, key=order)
+        found.append(Group(at, sampling, shape, wanted if rng.random() < 0.9 else None))
+    found.append(Group([0], report=Report(top=2)))
+    return found
 
 
 def expected(logits: Tensor, group: Group, chosen: Tensor, lowered: Lowered) -> Iterator[list[float]]:
@@ -100,7 +100,7 @@ def test_a_token_that_was_moved_is_reported_where_it_came_from() -> None:
     """After an insertion at position 1 the token that stood there is at 2."""
     hidden, head = torch.randn(T, H), Head(torch.randn(V, H))
     ids, origin = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[0, -1, 1, 2]])
-    got = report(hidden, [Group([0, 1, 2], V, report=Report())], ids, origin, head, MASK, None)
+    got = report(hidden, [Group([0, 1, 2], report=Report())], ids, origin, head, MASK, None)
     logprobs_of = (hidden @ head.weight.T).log_softmax(-1)
     want = torch.stack((logprobs_of[0, 3], logprobs_of[1, 5], logprobs_of[2, 6]))
     torch.testing.assert_close(got.float(), want, rtol=0, atol=1e-5)
@@ -109,7 +109,7 @@ def test_a_token_that_was_moved_is_reported_where_it_came_from() -> None:
 def test_a_certain_token_has_no_more_than_all_the_probability() -> None:
     hidden, head = torch.full((T, 1), 60.0), Head(torch.linspace(-1, 1, V)[:, None])
     ids, origin = torch.full((1, T), V - 1), torch.arange(T)[None]
-    got = report(hidden, [Group(list(range(T)), V, report=Report(top=1))], ids, origin, head, MASK, None)
+    got = report(hidden, [Group(list(range(T)), report=Report(top=1))], ids, origin, head, MASK, None)
     chosen, best, token = got.view(T, 3).unbind(-1)
     assert torch.equal(chosen, best) and (best <= 0).all() and (token == V - 1).all()
 
@@ -129,7 +129,7 @@ class Widest(TorchDispatchMode):
 def test_whole_logits_are_never_made() -> None:
     hidden, head = torch.randn(R * T, H), Head(torch.randn(V, H))
     ids, origin = torch.randint(0, V, (R, T)), torch.arange(T).repeat(R, 1)
-    group = Group(list(range(R * T)), V, Sampling(0.5, 3, 0.9, 0.0, 7), report=Report(top=2, ids=(1, 2)))
+    group = Group(list(range(R * T)), Sampling(0.5, 3, 0.9, 0.0, 7), report=Report(top=2, ids=(1, 2)))
     with Widest() as widest:
         report(hidden, [group], ids, origin, head, MASK, None)
     assert widest.columns < V / 2

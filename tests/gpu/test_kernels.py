@@ -14,7 +14,7 @@ from sglang_llada.decode.decide import decide, in_torch
 from sglang_llada.decode.head import Head
 from sglang_llada.decode.layout import numbers, pack, record
 from sglang_llada.decode.logprobs import report
-from sglang_llada.decode.sampling import draw, draw_sorted, uniform, warm_up
+from sglang_llada.decode.sampling import draw, draw_whole, from_chunks, warm_up
 from sglang_llada.decode.select import select
 from sglang_llada.decode.whole import Group, choose, whole_logits
 from sglang_llada.llada2 import attention_triton
@@ -187,32 +187,30 @@ def test_heads_are_normed_turned_and_written() -> None:
     assert torch.equal(pools[1, places.cuda()].cpu(), qkv.view(tokens, -1, width)[:, heads + kv_heads :])
 
 
-def of_one_kind(noise: torch.Tensor, **values: float) -> Draws:
-    """The same draw for each noise, by the way of those that are cut; on the device."""
-    how = distribution.sampling(**{"top_k": 1 << 30, **values})
-    like = torch.ones(len(noise), device="cuda")
-    return Draws(like * how.temperature, like.long() * how.top_k, like * how.top_p, like * how.min_p, noise.cuda(), 0)
+def of_one_kind(count: int, **values: float) -> Draws:
+    """The same way to draw for each of so many seeds; on the device."""
+    way = distribution.sampling(**{"top_k": 1 << 30, **values})
+    return Draws(*(each.cuda() for each in distribution.draws([way] * count, distribution.keys(count))))
 
 
 @pytest.mark.parametrize("name", distribution.WAYS)
 def test_twenty_thousand_draws_follow_the_distribution(name: str) -> None:
     torch.manual_seed(1)
     logits, way = torch.randn(distribution.V) * 2, distribution.WAYS[name]
-    seeds = torch.arange(distribution.SAMPLES)
-    draws = of_one_kind(uniform(seeds, seeds * 0 + 3, seeds * 0), **way)
-    token, prob = draw(logits.repeat(len(seeds), 1).cuda(), distribution.MASK, draws)
-    want = distribution.share(logits, distribution.sampling(**way))
-    torch.testing.assert_close(prob.cpu(), want[token.cpu()], rtol=1e-4, atol=0)
-    assert distribution.fit(token.cpu(), want) > 0.001
+    draws = of_one_kind(distribution.SAMPLES, **way)
+    found = draw_whole(logits.repeat(distribution.SAMPLES, 1).cuda(), distribution.MASK, draws)
+    token, want = found.token[:, 0].cpu(), distribution.share(logits, distribution.sampling(**way))
+    torch.testing.assert_close(found.prob[:, 0].cpu(), want[token], rtol=1e-4, atol=0)
+    assert distribution.fit(token, want) > 0.001
 
 
-def test_a_request_that_samples_finds_its_kernel_compiled() -> None:
+def test_a_request_that_samples_finds_its_kernels_compiled() -> None:
     """The first draw after a warm-up takes milliseconds, where compiling takes seconds."""
     warm_up(157_184, MASK, "cuda")
-    logits, how = torch.randn(7, 157_184, device="cuda"), of_one_kind(torch.rand(7).double(), top_p=0.9)
+    logits, how = torch.randn(7, 157_184, device="cuda"), of_one_kind(7, top_p=0.9)
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    draw(logits, MASK, how)
+    draw_whole(logits, MASK, how)
     torch.cuda.synchronize()
     assert time.perf_counter() - begin < 0.5
 
@@ -220,29 +218,34 @@ def test_a_request_that_samples_finds_its_kernel_compiled() -> None:
 @pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 1000, "top_p": 0.9}])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_draws_from_a_real_vocabulary(cut: dict[str, float], scale: float) -> None:
-    """Against the definition in fp64: noise falls too near to a token's edge to tell now and then."""
+    """Of a head and of whole logits, against the definition: rounding decides now and then."""
     torch.manual_seed(0)
-    logits = torch.randn(64, 157_184, device="cuda") * scale
-    logits[:4] = logits[:4].round()  # ties at every boundary
-    draws = of_one_kind(torch.rand(64, dtype=torch.float64), **cut)
-    token, prob = draw(logits.clone(), MASK, draws)
-    want = draw_sorted(logits.double(), MASK, draws)
-    same = token == want[0]
-    assert same.sum() >= 62
-    torch.testing.assert_close(prob[same], want[1][same], rtol=1e-4, atol=0)
+    hidden, head = (
+        torch.randn(64, 512, device="cuda") * scale,
+        Head(torch.randn(157_184, 512, device="cuda") / 512**0.5),
+    )
+    draws, spans = of_one_kind(64, **cut), torch.tensor([0, 0 if cut else 64, 64], dtype=torch.int32, device="cuda")
+    hidden, head = hidden.bfloat16(), replace(head, weight=head.weight.bfloat16())
+    found, logits = draw(hidden, head, MASK, draws, spans=spans), whole_logits(hidden, head, None)
+    cpu = Draws(*(each.cpu() for each in draws))
+    want = from_chunks(lambda: [(0, logits.cpu())], MASK, cpu)
+    for got in (found, draw_whole(logits, MASK, draws)):
+        same = got.token.cpu() == want.token
+        assert same.sum() >= 62
+        torch.testing.assert_close(got.prob.cpu()[same], want.prob[same], rtol=1e-3, atol=0)
     for i in (0, 7, 63):
-        one = of_one_kind(draws.noise[i : i + 1], **cut)
-        alone = draw(logits[i : i + 1].clone(), MASK, one)
-        assert (alone[0][0], alone[1][0]) == (token[i], prob[i])
+        at = torch.tensor([i], device="cuda")
+        alone = draw_whole(logits[at], MASK, draws.at(at))
+        assert alone.token[0] == draw_whole(logits, MASK, draws).token[i]
 
 
 def test_positions_that_are_not_finite_have_no_draw() -> None:
     logits = torch.randn(5, 157_184, device="cuda")
     logits[0, 5], logits[1, -1], logits[2] = float("nan"), float("inf"), float("-inf")
     logits[3, 9:] = float("-inf")
-    token, prob = draw(logits, MASK, of_one_kind(torch.rand(5, dtype=torch.float64), top_p=0.9))
-    assert token[:3].tolist() == [-1] * 3 and prob[:3].tolist() == [0.0] * 3
-    assert 0 <= token[3] < 9
+    found = draw_whole(logits, MASK, of_one_kind(5, top_p=0.9))
+    assert found.token[:3].tolist() == [[-1]] * 3 and found.prob[:3].tolist() == [[0.0]] * 3
+    assert 0 <= found.token[3] < 9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -259,13 +262,13 @@ def test_whole_logits_are_never_rounded_to_the_weights_type(positions: int, dtyp
 def test_choosing_and_reporting_do_not_wait_for_the_device() -> None:
     hidden = torch.randn(64, 256, dtype=torch.bfloat16, device="cuda")
     head = Head(torch.randn(5000, 256, dtype=torch.bfloat16, device="cuda"))
-    noise = torch.rand(32, dtype=torch.float64)
-    group = Group(list(range(32)), 5000, Sampling(1.0, 50, 0.9, 0.0, 7), noise, report=Report(top=3, ids=(4, 5)))
+    wanted = Report(top=3, ids=(4, 5))
+    group, draws = Group(list(range(32)), Sampling(1.0, 50, 0.9, 0.0, 7), lambda x: x + 1.0, wanted), of_one_kind(64)
     ids = torch.zeros(2, 32, dtype=torch.int64, device="cuda")
     origin = torch.arange(32, device="cuda").repeat(2, 1)
 
     def step() -> torch.Tensor:
-        choose(hidden, [group], head, 3, 3, 1, None)
+        choose(hidden, [group], head, 3, 3, 1, None, draws)
         return report(hidden, [group], ids, origin, head, 3, None)
 
     step()  # kernels load

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # rows, and what the request o
     "sampled": (8, {"sampling": SAMPLING}),
     "sampled, log-probabilities": (8, {"sampling": SAMPLING, "report": Report(top=5)}),
 }
+BIASED = "one of 8 sampled with a bias"
 
 
 # --- in the process that has the device -----------------------------------------------------------------------------
@@ -61,11 +62,24 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
             for _ in range(2):  # the first makes what all steps of a size share
                 requests = [a_request(slot, [5, 6, 7], **asked) for slot in range(rows)]
                 steps[case] = step(executor, device, requests, rows, replayed=True)
+        requests = [a_request(slot, [5, 6, 7], sampling=SAMPLING) for slot in range(8)]
+        requests[3].shaping, requests[3].plain = Bias(), False
+        steps[BIASED] = step(executor, device, requests, 8, replayed=True)
         for _ in range(2):
             requests = [a_request(0, [5] * (PROMPT_ROWS * T + 3))]
             steps["prompt"] = step(executor, device, requests, PROMPT_ROWS + 1, replayed=False)
         steps["planted"] = planted(device)
-    return {"steps": steps, "graphs": {key.size: graph.events for key, graph in graphs.backend.graphs.items()}}
+    captured = {(key.size, key.variant_label): graph.events for key, graph in graphs.backend.graphs.items()}
+    return {"steps": steps, "graphs": captured}
+
+
+class Bias:
+    """What stands for Shaping."""
+
+    matcher = None
+
+    def of(self, request: Any, positions: list[int]) -> Any:
+        return lambda logits: logits + 1.0
 
 
 def step(
@@ -94,7 +108,7 @@ def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfi
         mask_id=MASK,
         fresh=fresh(T, Tokens(MASK)),
         numbers=numbers(params),
-        plain=not asked,
+        plain=params.plain,
         noted=params.report is not None,
     )
     made.slot = slot
@@ -151,10 +165,19 @@ def test_what_is_counted(seen: dict[str, dict[Any, list[Event]]]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 32])
 def test_a_greedy_step_is_a_copy_a_graph_a_copy_and_a_wait(rows: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
-    """All that the host asks of the device: one table of numbers in, 46 a row; one out, 36 a row; both from and to
+    """All that the host asks of the device: one table of numbers in, 51 a row; one out, 36 a row; both from and to
     pinned memory and not waited for, but by one event when the step is read."""
-    assert seen["steps"][str(rows)] == [
-        Event(COPY, "in", rows * 46 * 8),
+    assert seen["steps"][str(rows)] == a_graph(rows)
+
+
+def test_so_is_a_step_of_rows_that_draw(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    assert seen["steps"]["sampled"] == a_graph(8)
+
+
+def a_graph(rows: int) -> list[Event]:
+    """A step that is nothing but one."""
+    return [
+        Event(COPY, "in", rows * 51 * 8),
         Event(KERNEL, "graph"),
         Event(COPY, "out", rows * 36 * 8),
         Event(WAIT, "event"),
@@ -165,7 +188,7 @@ def test_a_greedy_step_is_a_copy_a_graph_a_copy_and_a_wait(rows: int, seen: dict
 def test_kernels_of_a_layer(rows: int, most: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
     """Two norms, four products (heads, output, router; with one row their attention's merge), norms with rotation and
     KV, attention, routing, two that sort tokens by expert, two of experts, their activation, their sum."""
-    found = names(seen["graphs"][rows])
+    found = names(seen["graphs"][rows, None])
     _, first, second = (at for at, name in enumerate(found) if name == "attention_triton.attend_kernel")
     print(Counter(found[first:second]))
     assert second - first == most
@@ -175,21 +198,29 @@ def test_kernels_of_a_layer(rows: int, most: int, seen: dict[str, dict[Any, list
 def test_kernels_of_selection_and_decision(rows: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
     """Selection is two, of which the first reads the head once; around it hidden states are gathered and rows decided.
     Nothing comes between them."""
-    found = names(seen["graphs"][rows])
-    ours = [
-        "decide_triton.gather_kernel",
-        "select_triton.kernel",
-        "select_triton.fold_kernel",
-        "decide_triton.rows_kernel",
-    ]
-    assert found[-4:] == ours
-    assert not {name for name in found[:-4] if name.startswith(("select_triton", "decide_triton"))}
+    found = names(seen["graphs"][rows, None])
+    assert found[-4:] == [*SELECTION, "decide_triton.rows_kernel"]
+    assert not {name for name in found[:-4] if name.startswith(OURS)}
+
+
+def test_kernels_of_draws(seen: dict[str, dict[Any, list[Event]]]) -> None:
+    """Of a graph for steps in which rows draw, between selection and decision: a pass that draws, four that look for
+    the cut and one that draws again, each of which is two."""
+    found, plain = names(seen["graphs"][8, "drawn"]), names(seen["graphs"][8, None])
+    draws, bounds = (["sampling_triton.slice_kernel", f"sampling_triton.{fold}"] for fold in FOLDS)
+    passes = [*draws, *4 * bounds, *draws]
+    assert found == [*plain[:-1], *passes, plain[-1]]
+
+
+FOLDS = ("draws_kernel", "bounds_kernel")
+SELECTION = ["decide_triton.gather_kernel", "select_triton.kernel", "select_triton.fold_kernel"]
+OURS = ("select_triton", "decide_triton", "sampling_triton")
 
 
 def test_kernels_beside_the_layers(seen: dict[str, dict[Any, list[Event]]]) -> None:
     """Rows are unfolded from their table in 15, then there are the embedding and the first norm; the last norm is the
     one that every layer ends with. Five copies fill the graph's buffers, one keeps the decisions for the next step."""
-    events = seen["graphs"][32]
+    events = seen["graphs"][32, None]
     assert names(events).index("rmsnorm") == 15
     assert sum(event.kind == COPY for event in events) == 6
     assert {event.name for event in events if event.kind == COPY} == {"within"}
@@ -211,25 +242,36 @@ def test_a_graph_waits_for_nothing(seen: dict[str, dict[Any, list[Event]]]) -> N
     assert not [event for events in seen["graphs"].values() for event in events if event.kind == WAIT or event.waits]
 
 
-@pytest.mark.parametrize(("case", "size"), [("1", 0), ("32", 0), ("log-probabilities", 0), ("sampled", 8 * 29)])
-def test_bytes_of_whole_logits(case: str, size: int, seen: dict[str, dict[Any, list[Event]]]) -> None:
-    """None but for the 29 open positions of each row that samples, because a draw goes over them several times; they
-    are made, and once changed in place (by a penalty that is zero here)."""
-    events = [*seen["steps"][case], *seen["graphs"][CASES[case][0]]]
-    assert sum(event.size for event in events if event.kind == KERNEL) == 2 * size * 4 * VOCABULARY
+@pytest.mark.parametrize("case", CASES)
+def test_no_bytes_of_whole_logits(case: str, seen: dict[str, dict[Any, list[Event]]]) -> None:
+    rows, asked = CASES[case]
+    events = [*seen["steps"][case], *seen["graphs"][rows, "drawn" if "sampling" in asked else None]]
+    assert sum(event.size for event in events if event.kind == KERNEL) == 0
 
 
-@pytest.mark.parametrize(
-    ("case", "into", "out"), [("log-probabilities", 4, 2), ("sampled", 4, 1), ("sampled, log-probabilities", 6, 2)]
-)
+def test_a_bias_costs_logits_of_its_own_positions_and_selects_nobody_again(
+    seen: dict[str, dict[Any, list[Event]]],
+) -> None:
+    """29 open positions of one row, and once more where their logits are copied: the product, a penalty that is zero
+    here, the bias, its place, and what the best token is found with."""
+    events = seen["steps"][BIASED]
+    made = [event.size for event in events if event.kind == KERNEL and event.size]
+    print(made)
+    assert set(made) == {29 * 4 * VOCABULARY}
+    assert not {name for name in names(events) if name.startswith("select_triton")}
+    assert names(events).count("decide_triton.gather_kernel") == 0
+    assert not any(event.waits for event in events)
+    assert Counter(event.name for event in events if event.kind == COPY and event.name == "out") == {"out": 1}
+
+
+@pytest.mark.parametrize(("case", "into", "out"), [("log-probabilities", 2, 2), ("sampled, log-probabilities", 2, 2)])
 def test_copies_of_steps_that_want_more(
     case: str, into: int, out: int, seen: dict[str, dict[Any, list[Event]]]
 ) -> None:
-    """However many requests want it: their rows once more, for what is not in the graph; the positions and how to
-    draw, or the positions and what to report. Reports come out by a copy of their own, and nothing is waited for but
-    the two events when the step is read, of which the later one comes first."""
+    """However many requests want it: one with their positions and what to report. Reports come out by a copy of their
+    own, and nothing is waited for but the two events when the step is read, of which the later one comes first."""
     events = seen["steps"][case]
     copies = Counter(event.name for event in events if event.kind == COPY)
-    assert copies["in"] <= into and copies["out"] == out
+    assert copies["in"] == into and copies["out"] == out
     assert not any(event.waits for event in events)
     assert [event.name for event in events if event.kind == WAIT] == ["event"] * out

@@ -31,8 +31,8 @@ from sglang_llada.decode.contract import StepOut, Tokens
 from sglang_llada.decode.decide import decide
 from sglang_llada.decode.layout import idle, layout_of, pack, repeated
 from sglang_llada.decode.logprobs import report
-from sglang_llada.decode.sampling import uniform, warm_up
-from sglang_llada.decode.whole import Group, Shape, order
+from sglang_llada.decode.sampling import warm_up
+from sglang_llada.decode.whole import Group, Shape
 from sglang_llada.host.engine.rows import (
     Numbers,
     Outcome,
@@ -40,6 +40,7 @@ from sglang_llada.host.engine.rows import (
     Writer,
     algorithms,
     changeable,
+    drawing,
     is_live,
     may_edit,
     offsets,
@@ -122,6 +123,8 @@ class Executor:
         asking = self._groups(special, failed) if special else []
         groups = [each.group for each in asking]
         hidden = output.logits_output.hidden_states
+        if output.can_run_graph:
+            batch.rows = output.logits_output.rows.first(len(planned))
         begins = np.array([T if row.block is None else row.block.given for row in planned])
         deciding = begins < T
         can_defer = np.array([row.request.can_defer for row in planned], bool) & deciding
@@ -134,8 +137,8 @@ class Executor:
             rows = self._rows_of(batch)
             options: dict[str, Any] = {"groups": groups, "codes": algorithms(written, self.layout)}
             if output.can_run_graph:  # whose decisions stand but for the groups' positions
-                options["best"] = output.logits_output.decided.best
-            count = changeable(written, self.layout)
+                options["found"] = output.logits_output.decided
+            count, options["drawing"] = changeable(written, self.layout), drawing(written, self.layout)
             decided = self.decider(hidden[: len(planned) * T], rows.ids, rows.table, count, **options)
             outcome = pack(decided, trace=trace)
             self.decider.last[: len(planned)] = outcome[:, : self.layout.made]
@@ -197,7 +200,7 @@ class Executor:
         return found
 
     def _groups(self, rows: list[tuple[int, Row]], failed: dict[str, Exception]) -> list[RequestGroup]:
-        """Of numbered rows, their requests with more to them than their best tokens, in the order that a step needs.
+        """Of numbered rows, their requests with more to them than their best tokens.
 
         `failed` gets what goes wrong with a request here, or when its logits are changed.
         """
@@ -205,7 +208,7 @@ class Executor:
         begun: set[str] = set()
         for r, row in rows:
             params, rid = row.request.params, row.request.rid
-            if params.sampling is None and row.request.shaping is None and params.report is None:
+            if row.request.shaping is None and params.report is None:
                 continue
             try:
                 if (prompt := self._prompt_group(r, row)) is not None:
@@ -215,21 +218,16 @@ class Executor:
                     asked.append(self._group(r, row, failed))
             except Exception as error:  # one request's, which ends for it
                 failed[rid] = error
-        return sorted(asked, key=lambda each: order(each.group))
+        return asked
 
     def _group(self, r: int, row: Row, failed: dict[str, Exception]) -> RequestGroup:
         """The request of row `r`, of all its positions that may change."""
         request, params = row.request, row.request.params
-        positions = free_positions(request)
-        how, noise, shape = params.sampling, None, None
-        if how is not None:
-            where = torch.tensor(positions)
-            noise = uniform(torch.full_like(where, how.seed), where, torch.full_like(where, request.steps))
+        positions, shape = free_positions(request), None
         if request.shaping is not None:
             shape = contained(request.shaping.of(request, positions), request.rid, failed)
         at = [r * self.block_size + position - row.start for position in positions]
-        vocabulary = self.decider.model.config.vocab_size
-        return RequestGroup(request, positions, Group(at, vocabulary, how, noise, shape, params.report))
+        return RequestGroup(request, positions, Group(at, params.sampling, shape, params.report))
 
     def _prompt_group(self, r: int, row: Row) -> RequestGroup | None:
         """The prompt's tokens in row `r` of which the request wants log-probabilities and has none yet."""
@@ -243,8 +241,7 @@ class Executor:
         if not positions:
             return None
         at = [r * self.block_size + position - row.start for position in positions]
-        vocabulary = self.decider.model.config.vocab_size
-        return RequestGroup(request, positions, Group(at, vocabulary, report=replace(wanted, original=True)))
+        return RequestGroup(request, positions, Group(at, report=replace(wanted, original=True)))
 
     def _batch(self, written: Numbers, of_ranks: list[int] | None = None) -> ForwardBatch:
         """The host's batch of rows, with what is known of it on the host; their numbers are in `written_rows`."""

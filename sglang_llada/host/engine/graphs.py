@@ -1,8 +1,8 @@
 """Steps as CUDA graphs: the host's decode graph runner, with selection and decode step inside the captured forward.
 
-A captured size is a number of rows. A step replays the smallest captured size that holds its rows; one with more rows
-than the largest (a long prompt's FILL rows) runs eagerly. Sizes go up to two rows for each request that may run, the
-SEAL and the DENOISE row of each, so that steps without prompts are replayed.
+A captured size is a number of rows, with and without draws. A step replays the smallest captured size that holds its
+rows; one with more rows than the largest (a long prompt's FILL rows) runs eagerly. Sizes go up to two rows for each
+request that may run, the SEAL and the DENOISE row of each, so that steps without prompts are replayed.
 
 The host sizes the buffers of attention backends by the number of requests that may run, which is what a forward of its
 own cannot exceed; ours can. Both are told the number of rows while they are built.
@@ -28,15 +28,18 @@ from sglang_llada.decode.transfer import copy_to
 from sglang_llada.host.attention import backend as attention
 from sglang_llada.host.attention.backend import KernelAttention
 from sglang_llada.host.engine.executor import Decider, forward_rows
-from sglang_llada.host.engine.rows import WRITTEN, Numbers, unfold
+from sglang_llada.host.engine.rows import WRITTEN, Numbers, Rows, unfold
 from sglang_llada.host.facts import is_ours
+
+DRAWN = "drawn"  # the variant of a size for steps in which some row draws
 
 
 @dataclass(kw_only=True)
 class StepOutput(LogitsProcessorOutput):
-    """The host's output record, whose fields survive a replay, and what was decided: a row for each captured one."""
+    """The host's output record, whose fields survive a replay, the rows and what was decided, for each captured one."""
 
     next_token_logits: None = None
+    rows: Rows
     decided: StepOut
 
 
@@ -68,8 +71,15 @@ class RowGraphRunner(DecodeCudaGraphRunner):
         super().capture()
 
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *labels: Any) -> None:
-        """As the host; before the model's forward, its inputs from `packed`, and after it the rows' decisions."""
+        """As the host, twice: for steps in which no row draws a token, and for those in which some does."""
+        stream, _, attention = labels
+        for variant in (None, DRAWN):
+            super().capture_one_shape(size, self._step(size, forward, variant), stream, variant, attention)
+
+    def _step(self, size: int, forward: Callable[..., Any], variant: str | None) -> Callable[..., Any]:
+        """What is captured: the model's inputs from `packed`, its forward, and the rows' decisions."""
         packed, last = self.packed[:size], self.decider.last
+        count = size * self.decider.block_size
 
         def step(input_ids: Tensor, positions: Tensor, batch: Any) -> StepOutput:
             rows = unfold(packed, last, self.req_to_token, self.decider.layout)
@@ -82,11 +92,16 @@ class RowGraphRunner(DecodeCudaGraphRunner):
             ):
                 static.copy_(value)
             hidden = forward(input_ids, positions, batch).hidden_states
-            decided = self.decider(hidden, rows.ids, rows.table, input_ids.shape[0])
+            decided = self.decider(hidden, rows.ids, rows.table, count, drawing=count if variant else 0)
             last[:size].copy_(pack(decided))
-            return StepOutput(hidden_states=hidden, decided=decided)
+            return StepOutput(hidden_states=hidden, rows=rows, decided=decided)
 
-        super().capture_one_shape(size, step, *labels)
+        return step
+
+    def _resolve_lora_variant(self, forward_batch: Any) -> str | None:
+        """The host's hook for graphs of one size that differ; adapters, for which it is meant, are refused."""
+        draws = forward_batch.written_rows[:, self.decider.layout.temperature].any()
+        return DRAWN if draws else None
 
     def load_batch(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> None:
         """The rows' numbers, padded with idle ones, in one copy; and what the host does where that is not enough."""
@@ -96,7 +111,8 @@ class RowGraphRunner(DecodeCudaGraphRunner):
             self.raw_num_token = rows * self.captured_req_width
             self._set_dp_real_num_tokens(self.raw_num_token)
             size = self._capture_graph_size(bs=self.bs, num_tokens=self.bs * self.captured_req_width)
-            self._replay_graph_key = self._make_graph_key(size)
+            variant = self._resolve_lora_variant(forward_batch)
+            self._replay_graph_key = self._make_graph_key(size, variant_label=variant)
         else:
             super().load_batch(forward_batch, pp_proxy_tensors)
         written = np.concatenate((forward_batch.written_rows, self.idle.repeat(self.bs - rows, 0)))
@@ -105,7 +121,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
 
 def idle_row(decide: Decider) -> Numbers:
     """A row that pads a captured size, [1, width]: decides nothing, in the slot that the host keeps for padding."""
-    return np.array([[0] * decide.block_size + decide.idle + [0, 0, WRITTEN]], np.int64)
+    return np.array([[0] * decide.block_size + decide.idle + [0, WRITTEN]], np.int64)
 
 
 def graph_runner_class(chosen: type, model_runner: Any) -> type:

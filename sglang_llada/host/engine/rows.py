@@ -1,10 +1,10 @@
 """The rows of a forward as numbers, in one copy to the device.
 
-A row (decode/layout.py) is its tokens, its record, its request's place in the host's req_to_token table, its first
-position and its source. What a step gives back of a row is what the next one is told of it. A row whose block goes on
-while that step is not read yet is therefore taken from the step's outcome where it lies, on the device: its source says
-which row it was there. All others are written out here, from what the host knows: of rows that went on and were read,
-as they came back; of new blocks, of blocks that the host has changed and of known tokens, from the request.
+A row (decode/layout.py) is its tokens, its record, its request's place in the host's req_to_token table and its source.
+What a step gives back of a row is what the next one is told of it. A row whose block goes on while that step is not
+read yet is therefore taken from the step's outcome where it lies, on the device: its source says which row it was
+there. All others are written out here, from what the host knows: of rows that went on and were read, as they came back;
+of new blocks, of blocks that the host has changed and of known tokens, from the request.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Rows(NamedTuple):
     start: Tensor
     end: Tensor
 
+    def first(self, rows: int) -> Rows:
+        """The first of them."""
+        tokens = rows * (len(self.ids) // len(self.slot))
+        return Rows(*(each[: tokens if len(each) == len(self.ids) else rows] for each in self))
+
 
 def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, layout: RowLayout, *, carries: bool = True) -> Rows:
     """Rows from their numbers on the device: the same eagerly and inside a CUDA graph.
@@ -59,7 +64,7 @@ def unfold(packed: Tensor, last: Tensor, req_to_token: Tensor, layout: RowLayout
         carries: whether some row may have a source; a graph does not know.
     """
     T = layout.block_size
-    slot, start, source = packed[:, layout.place].T.contiguous()  # as kernels take them
+    start, slot, source = packed[:, layout.place].T.contiguous()  # as kernels take them
     ids, table = packed[:, layout.tokens], packed[:, layout.record]
     if carries:
         from_last = last.index_select(0, source.clamp(min=0))[:, layout.kept]
@@ -156,11 +161,12 @@ class Writer:
                 request, _, start, block = rows[r]
                 if block is None:
                     flat += request.tokens_at(start)
-                    flat += self.idle
+                    flat += self.idle[:-1]
+                    flat.append(start)
                 else:
                     flat += block.tokens
-                    flat += record(block.open, may_edit(request, block), request.numbers, block.state)
-                flat += request.slot, start, WRITTEN
+                    flat += record(block.open, may_edit(request, block), request.numbers, block.state, start)
+                flat += request.slot, WRITTEN
             added = np.frombuffer(array("q", flat), np.int64).reshape(len(new), -1)
             written = np.concatenate((written, added))
         written = written[origin]
@@ -188,6 +194,11 @@ def changeable(written: Numbers, layout: RowLayout) -> int:
     """Positions that are open or may be edited; of rows with a source at most so many, since nothing is added."""
     sets = written[:, layout.open] | written[:, layout.editable]
     return sum(map(int.bit_count, sets.tolist()))
+
+
+def drawing(written: Numbers, layout: RowLayout) -> int:
+    """Of these as many as are in rows that draw."""
+    return changeable(written[written[:, layout.temperature] != 0], layout)
 
 
 def may_edit(request: Request[DecodeConfig], block: Block) -> int:
