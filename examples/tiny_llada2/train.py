@@ -297,16 +297,24 @@ def make_config(vocab: int, mask_id: int, end_id: int, fill_id: int) -> Llada2Co
     )
 
 
-def checkpoint_tensors(model: Llada2ForDiffusion) -> dict[str, Tensor]:
-    """Weights under the checkpoint's names, rounded to bf16 (the router's stay fp32)."""
+def fuse(model: Llada2ForDiffusion) -> list[FusedExperts]:
+    """Put FusedExperts where the network has experts, and name them."""
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, MoE):
+            layer.mlp = FusedExperts(layer.mlp)
+    return [m for m in model.modules() if isinstance(m, FusedExperts)]
+
+
+def checkpoint_tensors(model: Llada2ForDiffusion, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Weights of a fused network under the checkpoint's names, rounded to a type (the router's stay fp32)."""
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".mlp." in name and tensor.dim() == 3:
             prefix, matrix = name.rsplit(".", 1)
             for e, part in enumerate(tensor):
-                out[f"{prefix}.experts.{e}.{matrix}.weight"] = part.bfloat16().contiguous()
+                out[f"{prefix}.experts.{e}.{matrix}.weight"] = part.to(dtype).contiguous()
         else:
-            out[name] = tensor.clone() if ".mlp.gate." in name else tensor.bfloat16()
+            out[name] = tensor.clone() if ".mlp.gate." in name else tensor.to(dtype)
     return out
 
 
@@ -380,11 +388,7 @@ def main() -> None:
     initialise(model)
     if args.resume:
         widen(model, load_reference(args.resume))
-    for layer in model.model.layers:
-        if isinstance(layer.mlp, MoE):
-            layer.mlp = FusedExperts(layer.mlp)
-    fused = [m for m in model.modules() if isinstance(m, FusedExperts)]
-
+    fused = fuse(model)
     named = dict(model.named_parameters())
     hidden = [
         p for n, p in named.items() if p.dim() >= 2 and "embed" not in n and "head" not in n and "mlp.gate.w" not in n

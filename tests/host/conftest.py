@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ from examples.tiny_llada2.tasks import examples
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
 from sglang_llada.llada2.reference import Generation, Llada2ForDiffusion, generate
 from sglang_llada.llada2.weights import load_reference
-from tests.host.serving import Server, serving
+from tests.host import warm
+from tests.host.serving import ROOT, Server, serving, tail
 from tests.sizes import size
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llada2"
 PROMPTS, NEW_TOKENS = size(100, 200), 40
+PATIENCE = 540  # with an example, in seconds
 CLOSE = 1e-4  # a decision this near to another one may go either way in floating point
 
 
@@ -165,3 +167,16 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the host compiles its router, which takes longer than the test
+
+
+@pytest.fixture
+def run_example(tmp_path: Path) -> Callable[..., list[str]]:
+    """An example with its arguments, to the lines that it prints."""
+
+    def printed(module: str, *args: str) -> list[str]:
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        process = warm.WarmServer(module, list(args), out, warm.environment(), ROOT, errors)
+        assert process.wait(PATIENCE) == 0, tail(errors)
+        return out.read_text().splitlines()
+
+    return printed

@@ -14,23 +14,9 @@ import pytest
 import requests
 
 from examples import canvas, offline_engine, openai_client, tool_loop
-from tests.host import warm
-from tests.host.serving import ROOT, Server, free_port, tail
+from tests.host.serving import ROOT, Server, free_port
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., list[str]]:
-    """An example with its arguments, to the lines that it prints."""
-
-    def printed(module: str, *args: str) -> list[str]:
-        out, errors = tmp_path / "out", tmp_path / "errors"
-        process = warm.WarmServer(module, list(args), out, warm.environment(), ROOT, errors)
-        assert process.wait(280) == 0, tail(errors)
-        return out.read_text().splitlines()
-
-    return printed
 
 
 def on_page(lines: list[str]) -> bool:
@@ -47,8 +33,10 @@ def chat(server: Server, question: str) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server, run: Callable[..., list[str]]) -> None:
-    lines = run("examples.openai_client", "--url", server.url)
+def test_openai_client_prints_a_whole_and_a_streamed_answer(
+    server: Server, run_example: Callable[..., list[str]]
+) -> None:
+    lines = run_example("examples.openai_client", "--url", server.url)
     whole, streamed = openai_client.QUESTIONS
     assert lines[:3] == [f"question: {whole}", f"answer:   {chat(server, whole)}", f"question: {streamed}"]
     assert lines[3].removeprefix("pieces:   ").replace("|", "") == chat(server, streamed)
@@ -56,8 +44,8 @@ def test_openai_client_prints_a_whole_and_a_streamed_answer(server: Server, run:
     assert on_page(lines[:3])
 
 
-def test_offline_engine_answers_every_question(run: Callable[..., list[str]]) -> None:
-    lines = run("examples.offline_engine", "--new-tokens", "64")
+def test_offline_engine_answers_every_question(run_example: Callable[..., list[str]]) -> None:
+    lines = run_example("examples.offline_engine", "--new-tokens", "64")
     asked = [line.removeprefix("question: ") for line in lines if line.startswith("question: ")]
     answers = [line for line in lines if line.startswith("answer:   ")]
     forwards = [int(line.split()[1]) for line in lines if line.startswith("forwards: ")]
@@ -67,8 +55,8 @@ def test_offline_engine_answers_every_question(run: Callable[..., list[str]]) ->
     assert on_page(lines)
 
 
-def test_a_tool_loop_calls_a_function_and_answers(server: Server, run: Callable[..., list[str]]) -> None:
-    question, call, answer = run("examples.tool_loop", "--url", server.url)
+def test_a_tool_loop_calls_a_function_and_answers(server: Server, run_example: Callable[..., list[str]]) -> None:
+    question, call, answer = run_example("examples.tool_loop", "--url", server.url)
     assert question == f"question: {tool_loop.QUESTION}"
     matched = re.fullmatch(r"call:     add\((.*)\) = (\d+)", call)
     assert matched is not None and sum(json.loads(matched[1]).values()) == int(matched[2])
@@ -76,9 +64,9 @@ def test_a_tool_loop_calls_a_function_and_answers(server: Server, run: Callable[
     assert on_page([question, call, answer])
 
 
-def test_a_canvas_is_filled_and_choices_are_read(run: Callable[..., list[str]]) -> None:
+def test_a_canvas_is_filled_and_choices_are_read(run_example: Callable[..., list[str]]) -> None:
     """The page has what the example prints."""
-    lines = run("examples.canvas")
+    lines = run_example("examples.canvas")
     page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
     assert [line for line in lines if line and f"    {line}" not in page.splitlines()] == []
     assert sum(line.startswith(("answer: ", "choices: ")) for line in lines) == len(canvas.INFILLS) + len(canvas.READS)
@@ -105,15 +93,15 @@ def test_a_chat_shows_each_step_and_remembers(server: Server) -> None:
     assert lines[-2] == server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
 
 
-def test_facts_are_extracted_by_a_schema(server: Server, run: Callable[..., list[str]]) -> None:
-    assert on_page(run("examples.extract", "--url", server.url))
+def test_facts_are_extracted_by_a_schema(server: Server, run_example: Callable[..., list[str]]) -> None:
+    assert on_page(run_example("examples.extract", "--url", server.url))
 
 
 def test_a_file_of_questions_becomes_one_of_answers(
-    server: Server, run: Callable[..., list[str]], tmp_path: Path
+    server: Server, run_example: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    assert on_page(run("examples.batch", "examples/questions.jsonl", str(out), "--url", server.url))
+    assert on_page(run_example("examples.batch", "examples/questions.jsonl", str(out), "--url", server.url))
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["custom_id"] for answer in answers] == ["sum", "sort", "fast", "wrong"]
     assert [answer["error"] and answer["error"]["code"] for answer in answers] == [None, None, None, 400]
@@ -121,5 +109,5 @@ def test_a_file_of_questions_becomes_one_of_answers(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="`pip install sglang-router` brings it")
-def test_a_router_answers_for_its_servers(server: Server, run: Callable[..., list[str]]) -> None:
-    assert on_page(run("examples.router", server.url, "--port", str(free_port())))
+def test_a_router_answers_for_its_servers(server: Server, run_example: Callable[..., list[str]]) -> None:
+    assert on_page(run_example("examples.router", server.url, "--port", str(free_port())))
