@@ -13,7 +13,7 @@ import pytest
 
 from tests.host.conftest import NEW_TOKENS, TINY, Case, compare, loaded
 from tests.host.serving import Server, free_port, launch, ready, serving, session_members, stop, tail
-from tests.host.ways import CHECKPOINT, WAYS, ask, ask_sampled, babble
+from tests.host.ways import CHECKPOINT, SHAPED, WAYS, ask, ask_sampled, ask_shaped, babble
 from tests.sizes import size
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,14 +46,17 @@ def answer_as_one(server: Server, cases: list[Case], how: str) -> tuple[int, int
 
 
 def test_every_way_to_decode_on_two_ranks_answers_as_the_reference(cases: list[Case], tmp_path: Path) -> None:
-    """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests."""
+    """The checkpoint that routes by block, experts on ranks, graphs replayed; greedy and sampled requests, and such as
+    change their logits, which take whole ones beside what a graph has decided."""
     model, facts = loaded(CHECKPOINT)
     assert facts.indel and model.config.expert_capacity is not None
     prompts = [case.prompt[-60:] for case in cases[: size(2, 4)]]
     asked = [each for way in WAYS for each in ask(way, prompts)]
     sampled = ask_sampled([*prompts, *babble(SEEDS - len(prompts))])
+    shaped = [each for way in SHAPED for each in ask_shaped(way, prompts, facts)]
+    mixed = [each for some in zip(sampled, shaped, strict=False) for each in some]
     with serving(CHECKPOINT, tmp_path / "log", *FLAGS["experts"], env={"SGLANG_LLADA_REPLAY": "1"}) as server:
-        for some, what in ((asked, "greedy"), (sampled, "sampled")):
+        for some, what in ((asked, "greedy"), (sampled, "sampled"), (mixed, "sampled and shaped")):
             with ThreadPoolExecutor(16) as pool:
                 answers = list(
                     pool.map(lambda each: server.generate(each.case.prompt, NEW_TOKENS, **each.options), some)
