@@ -148,25 +148,23 @@ class Executor:
             blocks, unmoved = self._rows_of(batch).ids.view(-1, T), self.offsets.expand(len(planned), -1)
             after = (blocks, unmoved) if decided is None else (decided.ids, decided.origin)
             reports = self.decider.report(hidden, groups, self._rows_of(batch), *after)
+        coming, reported = to_host(outcome, reports)
         return InFlight(
             plan=plan,
             deciding=deciding,
             can_defer=can_defer,
             rare=np.array([row.request.rare_stops for row in planned], bool) & deciding,
             own=offsets(T) >= begins[:, None],
-            outcome=None if outcome is None else to_host(outcome),
+            outcome=coming,
             replayed=output.can_run_graph,
             groups=asking,
-            reports=None if reports is None else to_host(reports),
+            reports=reported,
             failed=failed,
             taken_over=frozenset(id(row.block) for row in compress(planned, goes_on)),
         )
 
     def read(self, launched: InFlight) -> StepResult | None:
-        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided.
-
-        The reports are what the device makes last: when they are there, the outcome is.
-        """
+        """Wait for a step's outcome, the one time that the host waits for the device; None if no row decided."""
         reports = self._read_reports(launched)
         if launched.outcome is None:
             return None

@@ -48,17 +48,29 @@ class InFlight:
     taken_over: frozenset[int] = field(default=frozenset())
 
 
+@dataclass(slots=True)
+class Arrival:
+    """What tells that a copy is on the host; None where it is known to be."""
+
+    event: Any = None
+
+    def wait(self) -> None:
+        """Until it is."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+
+
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """A tensor on its way to the host, and what tells that it is there; None where it was there from the start."""
+    """A tensor on its way to the host, perhaps with others."""
 
     tensor: Tensor
-    there: Any
+    arrival: Arrival
 
     def wait(self) -> Any:
         """Its numbers, as numpy has them."""
-        if self.there is not None:
-            self.there.synchronize()
+        self.arrival.wait()
         return self.tensor.numpy()
 
 
@@ -153,12 +165,21 @@ def noted(row: Row, decided: Decided, trace: list[int], reports: dict[int, list[
     return decided._replace(notes=notes)
 
 
-def to_host(tensor: Tensor) -> Coming:
-    """Begin to copy a tensor to the host, behind what is enqueued now and before what comes next."""
-    if tensor.device.type == "cpu":
-        return Coming(tensor.clone(), None)  # the next step may write where it lies
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    there = torch.get_device_module(tensor.device).Event()
-    there.record()
-    return Coming(host, there)
+def to_host(*tensors: Tensor | None) -> list[Coming | None]:
+    """Begin to copy tensors to the host, behind what is enqueued now and before what comes next.
+
+    One copy takes them all, so their numbers have eight bytes each.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not given or given[0].device.type == "cpu":  # the next step may write where they lie
+        return [None if tensor is None else Coming(tensor.clone(), Arrival()) for tensor in tensors]
+    flat = given[0] if len(given) == 1 else torch.cat([tensor.flatten().view(torch.int64) for tensor in given])
+    host = torch.empty_like(flat, device="cpu", pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    arrival = Arrival(torch.get_device_module(flat.device).Event())
+    arrival.event.record()
+    parts = iter(host.flatten().split([tensor.numel() for tensor in given]))
+    return [
+        None if tensor is None else Coming(next(parts).view(tensor.dtype).view(tensor.shape), arrival)
+        for tensor in tensors
+    ]
