@@ -66,6 +66,14 @@ class Pipeline:
             result, self.result = self.result, None
             self._take(result, result.decisions(result.deferrable))
 
+    def drain(self) -> None:
+        """Read all that is in flight, and take all decisions."""
+        while self.flights:
+            self.read()
+            self.take_rest()
+        # Who is retracted now may be let in again before the next step, with another place for its KV.
+        self.carried = []
+
     def _take(self, result: StepResult, decisions: list[Decision]) -> None:
         for decision in decisions:
             request = decision.request

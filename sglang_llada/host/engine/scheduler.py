@@ -97,9 +97,8 @@ class LladaScheduler(Scheduler):
         parts = (self, self.table, self.pages, self.pipeline, self.failures)
         self.endings = Endings(*parts, peers)
         self.booking = Booking(*parts, self.endings, metrics)
-        helpers = (self, self.table, self.pages, self.tiers, self.booking, self.failures)
         self.admission = Admission(
-            *helpers,
+            *(self, self.table, self.pages, self.tiers, self.booking, self.failures),
             facts=facts,
             tokens=tokens_of(facts),
             vocabulary=vocabulary,
@@ -108,11 +107,7 @@ class LladaScheduler(Scheduler):
         )
         logger.info(
             "block rows: block %d, mask id %d, stop ids %s, at most %d rows a forward, %s",
-            facts.block_size,
-            facts.mask_id,
-            sorted(facts.stop_ids),
-            self.row_budget,
-            defaults,
+            *(facts.block_size, facts.mask_id, sorted(facts.stop_ids), self.row_budget, defaults),
         )
 
     def init_request_dispatcher(self) -> None:
@@ -260,9 +255,7 @@ class LladaScheduler(Scheduler):
 
     def settle(self) -> None:
         """Read and book everything, so that nothing is in flight, and nothing that failed runs."""
-        while self.pipeline.flights:
-            self.pipeline.read()
-            self.pipeline.take_rest()
+        self.pipeline.drain()
         self.endings.end_aborted()
         self.booking.book()
         self.tiers.finish()
