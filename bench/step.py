@@ -149,6 +149,7 @@ def idle_scheduler(rows: int, decider: FirstOpen | None = None) -> LladaSchedule
         device="cpu",
         model=FirstOpen.model,
         decode_cuda_graph_runner=None,
+        lora_manager=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(rows * (BLOCKS + 2) * T).view(rows, -1).int()),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,

@@ -86,6 +86,7 @@ class Request(Generic[P]):
     noted: bool = False  # whether notes are kept on its tokens
     rare_stops: bool = False  # whether it has stop ids that most requests do not have; only kept here
     prefixes: Sequence[int] = ()  # of filling.prefixes(); only kept here
+    adapter: str | None = None  # whose additions to the weights its rows run with; only kept here
     shown: list[Any] = field(default_factory=list)  # what is to be shown of its steps; only kept here
     # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
     # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().

@@ -16,6 +16,13 @@ def names_http_app() -> bool:
     return hasattr(envs, "SGLANG_HTTP_SERVER_APP_PATH")
 
 
+def adds_adapters() -> bool:
+    """Whether a backend of adapters (LoRA) adds them to a layer of any kind in one call, which ours has."""
+    from sglang.srt.lora.backend.base_backend import BaseLoRABackend
+
+    return hasattr(BaseLoRABackend, "forward_with_base")
+
+
 def private_params() -> set[str]:
     """Names under which the host's endpoints write into a request's custom_params."""
     from sglang.srt.sampling import sampling_params

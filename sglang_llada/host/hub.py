@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,12 +14,12 @@ from sglang_llada.llada2.checkpoint import shortly
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def folder_of(model: str, revision: str | None = None) -> Path:
-    """Where the small files of a checkpoint are; of a repository in the local cache, fetched if need be."""
+def folder_of(model: str, revision: str | None = None, patterns: Sequence[str] = SMALL_FILES) -> Path:
+    """Where the small files of a checkpoint are, or others; of a repository in the local cache, fetched if need be."""
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except HFValidationError:
         raise ConfigError(f"{model!r} is neither a folder nor the name of a repository") from None
     except OSError as error:  # nothing cached, no network, no such repository, no right to it

@@ -120,7 +120,7 @@ class Ledger:
         """Raise ConfigError with everything that was wrong; with `complete`, missing tensors are wrong too."""
         wanted = [name for name in self.shapes if name not in self.optional] if complete else []
         missing = [f"missing tensor {name}" for name in wanted if name not in self.seen]
-        problems = _some(self.wrong) + _some(missing)
+        problems = some(self.wrong) + some(missing)
         if problems:
             raise ConfigError("the checkpoint does not fit its config.json: " + "; ".join(problems))
 
@@ -143,7 +143,8 @@ def says_nothing(name: str, tensor: Tensor) -> bool:
     return leaf.endswith("g_idx") and bool((tensor.diff() >= 0).all())
 
 
-def _some(messages: list[str]) -> list[str]:
+def some(messages: list[str]) -> list[str]:
+    """The first of many messages, and how many more there are."""
     rest = len(messages) - SHOWN
     return messages[:SHOWN] + ([f"and {rest} more like that"] if rest > 0 else [])
 
@@ -167,7 +168,7 @@ def check_files(folder: Path, *, declared: bool = False) -> None:
     modules = {name.rpartition(".")[0] for name in shapes}
     holders = {holder for module in modules for holder in _above(module)}
     pieces = []  # of quantised matrices, or measured around them
-    for name, tensor in canonical(_headers(folder)):
+    for name, tensor in canonical(headers(folder)):
         holder = name.rpartition(".")[0]
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
@@ -200,7 +201,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """As read_tensors, without their data; of their types only what `as_it_is` asks."""
     for file in _files(folder):
         try:
@@ -223,7 +224,7 @@ def _files(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder}: there are no .safetensors files")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ConfigError(f"{folder}: {index.name} names files that are not there: {', '.join(_some(absent))}")
+        raise ConfigError(f"{folder}: {index.name} names files that are not there: {', '.join(some(absent))}")
     return [folder / name for name in names]
 
 

@@ -25,6 +25,9 @@ from tests.host.conftest import reference as reference
 from tests.host.conftest import tokenizer as tokenizer
 from tests.host.ranks import run_ranks
 from tests.host.serving import serving
+from tests.host.test_lora import ADAPTERS, NAMES, ask, flags_of, mixed
+from tests.host.test_lora import adapters as adapters
+from tests.host.test_lora import with_adapter as with_adapter
 from tests.host.test_model_parity import logits_of, sequences
 from tests.toy import make_checkpoint
 
@@ -81,6 +84,16 @@ def test_kv_comes_back_from_host_memory(
         server.flush()
     found = [answer["meta_info"].get("cached_tokens_details") or {} for answer in answers]
     assert sum(each.get("host", 0) for each in found) > 0.5 * sum(len(case.prompt) for case in cases)
+
+
+@pytest.mark.parametrize("backend", ["csgmv", "triton"])
+def test_requests_with_adapters_are_answered_as_by_merged_checkpoints(
+    backend: str, with_adapter: Any, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = [*flags_of(adapters, *ADAPTERS), "--lora-backend", backend]
+    with serving(TINY, tmp_path / "log", "--dtype", "bfloat16", *flags) as server:
+        asked = mixed(with_adapter, NAMES)
+        agree([case for _, case in asked], ask(server, asked), f"on a GPU, adapters by {backend}")
 
 
 @two_devices

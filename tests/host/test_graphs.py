@@ -210,6 +210,7 @@ def test_a_step_reads_from_the_device_at_its_end_only(monkeypatch: pytest.Monkey
     runner = SimpleNamespace(
         device="cpu",
         decode_cuda_graph_runner=None,
+        lora_manager=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * T * 2).view(2, -1)),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=forward,

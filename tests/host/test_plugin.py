@@ -17,8 +17,9 @@ from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, Mode
 from sglang_llada.errors import ConfigError
 from sglang_llada.host import earlier, facts
 from sglang_llada.host.seam import check, install, refuse
-from sglang_llada.llada2.checkpoint import CheckpointFacts
+from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config
 from sglang_llada.llada2.config import Llada2Config
+from tests.adapters import fields, write_adapter
 
 pytestmark = pytest.mark.host
 
@@ -369,7 +370,19 @@ ASKING = {
     "--pp-size above 1": {"pp_size": 2},
     "--disaggregation-mode": {"disaggregation_mode": "prefill"},
     "--speculative-algorithm": {"speculative_algorithm": "EAGLE"},
-    "--enable-lora and --lora-paths": {"enable_lora": True},
+    "--enable-lora with --enable-dp-attention": {
+        "enable_lora": True,
+        "tp_size": 2,
+        "dp_size": 2,
+        "enable_dp_attention": True,
+    },
+    "--enable-lora with --enable-eplb, --ep-num-redundant-experts or --init-expert-location": {
+        "lora_paths": ["a=b"],
+        "enable_eplb": True,
+    },
+    "--enable-lora with this release of SGLang": {"enable_lora": True},
+    "--enable-lora-overlap-loading": {"enable_lora_overlap_loading": True},
+    "--experts-shared-outer-loras or --lora-use-virtual-experts": {"lora_use_virtual_experts": True},
     "--hicache-host-memory-mode buffer_only": {"hicache_host_memory_mode": "buffer_only"},
     "--enable-unified-cache-external-linker": {"enable_unified_cache_external_linker": True},
     "--enable-lmcache": {"enable_lmcache": True},
@@ -388,9 +401,10 @@ ASKING = {
 
 
 @pytest.fixture
-def one_http_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release whose further HTTP processes load no plugins."""
+def earlier_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release whose further HTTP processes load no plugins, and which has other layers with adapters."""
     monkeypatch.setattr(earlier, "names_http_app", lambda: False)
+    monkeypatch.setattr(earlier, "adds_adapters", lambda: False)
 
 
 def test_every_refusal_is_tested(arguments: Any) -> None:
@@ -405,7 +419,7 @@ def test_the_page_of_refusals_has_each_with_what_to_use_instead(arguments: Any) 
 
 
 @pytest.mark.parametrize("option", ASKING)
-@pytest.mark.usefixtures("one_http_process")
+@pytest.mark.usefixtures("earlier_host")
 def test_unsupported_options_are_refused_by_name(arguments: Any, llada2: str, option: str) -> None:
     with pytest.raises(ConfigError) as error:
         filled(arguments, Mode.ON, model_path=llada2, **ASKING[option])
@@ -554,3 +568,63 @@ def test_decode_parameters_are_checked_at_start(arguments: Any, llada2: str) -> 
 def test_decode_config_is_what_the_file_says(arguments: Any, llada2: str) -> None:
     config = facts.decode_config(corrected(arguments, llada2, Mode.ON, threshold=0.5), FACTS)
     assert (config.algorithm, config.threshold, config.steps) == ("threshold", 0.5, T)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(llada2: str, tmp_path: Path) -> Path:
+    """An adapter that fits the model."""
+    return write_adapter(tmp_path / "adapter", read_config(Path(llada2)), rank=2, seed=0, targets=("dense",))
+
+
+def test_adapters_are_kept_and_nothing_is_captured_beside_them(
+    arguments: Any, llada2: str, adapter: Path, card: Any
+) -> None:
+    card(9, 0)
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cpu", lora_paths=[f"mine={adapter}"])
+    assert (args.enable_lora, args.disable_decode_cuda_graph, args.lora_backend) == (True, True, "llada_rows")
+    assert args.lora_target_modules is None, "the host takes those of the adapters"
+    args = filled(arguments, Mode.ON, model_path=llada2, device="cuda", enable_lora=True, max_lora_rank=8)
+    assert args.lora_backend == "csgmv"
+    assert args.lora_target_modules == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+
+
+def test_half_of_the_feed_forward_layers_means_both(arguments: Any, llada2: str) -> None:
+    given = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["up_proj", "k_proj"]}
+    args = filled(arguments, Mode.ON, model_path=llada2, **given)
+    assert args.lora_target_modules == ["down_proj", "gate_up_proj", "qkv_proj"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"enable_lora": True}, "needs --max-lora-rank"),
+        ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["lm_head"]}, "lm_head; allowed: all"),
+        ({"lora_paths": ["mine=/nowhere/at/all"]}, "--lora-paths mine: '/nowhere/at/all'"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused_at_the_start(
+    arguments: Any, llada2: str, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        filled(arguments, Mode.ON, model_path=llada2, **given)
+
+
+@pytest.mark.parametrize("form", ["{path}", "mine={path}", {"lora_name": "mine", "lora_path": "{path}"}])
+def test_an_adapter_that_does_not_fit_is_named_at_the_start(
+    arguments: Any, llada2: str, adapter: Path, form: Any
+) -> None:
+    (adapter / "adapter_config.json").write_text(json.dumps(fields(3, ("dense",))))
+    filled_in = form | {"lora_path": str(adapter)} if isinstance(form, dict) else form.format(path=adapter)
+    with pytest.raises(ConfigError, match=r"layers.0.attention.dense.lora_A.weight has shape \[2, "):
+        filled(arguments, Mode.ON, model_path=llada2, lora_paths=[filled_in])
+
+
+def test_adapters_and_a_replay_of_graphs_are_refused_together(
+    arguments: Any, llada2: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_LLADA_REPLAY", "1")
+    with pytest.raises(ConfigError, match="no CUDA graph has steps with adapters"):
+        filled(arguments, Mode.ON, model_path=llada2, lora_paths=[str(adapter)])

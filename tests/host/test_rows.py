@@ -58,6 +58,7 @@ def executor(model: FakeModel) -> Any:
     runner = SimpleNamespace(
         device="cpu",
         decode_cuda_graph_runner=None,
+        lora_manager=None,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(SLOTS, 100, dtype=torch.int32)),
         kv_index_translator=SimpleNamespace(bind_own_plan=lambda batch: None),
         forward=lambda batch: SimpleNamespace(

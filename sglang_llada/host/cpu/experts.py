@@ -7,7 +7,7 @@ loop: many of them (DeepSeek, GLM) multiply by the factor themselves where there
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -47,13 +47,14 @@ def forward_adopted(
 
 
 @kernel
-def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any) -> Tensor:
+def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any, added: Any = None) -> Tensor:
     """Sum over a token's experts of weight x SwiGLU expert.
 
     Args:
         layer: has w13_weight [E, 2 I, H] (gate above up) and w2_weight [E, H, I] of this rank's experts.
         x: [N, H].
         topk_output: weights [N, K] and ids [N, K], the latter -1 for experts of other ranks.
+        added: what adapters add to the experts (adapters.py), if there are any.
     """
     if moe_runner_config.activation != "silu" or moe_runner_config.apply_router_weight_on_input:
         raise NotImplementedError("only SwiGLU experts weighted on their output are implemented on this platform")
@@ -64,11 +65,10 @@ def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: 
     order = ids.flatten().argsort(stable=True)  # slots by expert, those of other ranks first
     counts = (ids.flatten() + 1).bincount(minlength=experts + 1).tolist()
     slots = order[counts[0] :]
-    token = slots // top_k
     outs = [
-        swiglu(part, layer.w13_weight[e], layer.w2_weight[e])
-        for e, part in enumerate(x[token].split(counts[1 : experts + 1]))
-        if part.shape[0]
+        swiglu(x[tokens], layer.w13_weight[e], layer.w2_weight[e], () if added is None else list(added.of(e, tokens)))
+        for e, tokens in enumerate((slots // top_k).split(counts[1 : experts + 1]))
+        if len(tokens)
     ]
     by_slot = x.new_zeros(ids.numel(), x.shape[1])
     if outs:
@@ -77,7 +77,20 @@ def experts_forward(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: 
     return torch.einsum("nk,nkh->nh", weights, by_slot.view(*ids.shape, x.shape[1]).to(weights.dtype)).to(x.dtype)
 
 
-def swiglu(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """One expert; x [n, H]."""
-    gate, up = F.linear(x, w13).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w2)
+def swiglu(x: Tensor, w13: Tensor, w2: Tensor, added: Sequence[tuple[Tensor, ...]] = ()) -> Tensor:
+    """One expert; x [n, H].
+
+    Args:
+        added: of each adapter the rows of x that have it, and A and B of both products, of gate and up one below the
+            other.
+    """
+    gate_up = F.linear(x, w13)
+    for rows, a13, b13, _, _ in added:
+        halves = zip(F.linear(x[rows], a13).chunk(2, dim=-1), b13.chunk(2), strict=True)
+        gate_up[rows] += torch.cat([F.linear(part, b) for part, b in halves], dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    inner = F.silu(gate) * up
+    out = F.linear(inner, w2)
+    for rows, _, _, a2, b2 in added:
+        out[rows] += F.linear(F.linear(inner[rows], a2), b2)
+    return out

@@ -64,16 +64,18 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def init_backend(self) -> None:
-        """Register our attention backend, and DP attention's plain copies; called in each worker."""
+        """Register our backends of attention and adapters, and DP attention's plain copies; called in each worker."""
         import torch
         from sglang.srt.distributed import parallel_state
         from sglang.srt.layers import dp_attention
         from sglang.srt.model_executor import forward_batch_info
 
         from sglang_llada.host.attention import backend as attention
+        from sglang_llada.host.cpu import adapters
         from sglang_llada.host.operations import kernel
 
         attention.register()
+        adapters.register()
         # The host has torch code for both, which it takes on its own CPU engine only.
         dp_attention.memcpy_func = kernel(dp_attention.memcpy_cpu)
         forward_batch_info._is_cpu = True

@@ -89,13 +89,15 @@ class Admission:
         )
         adder = self._adder()
         self.filling.settle()
+        if self.host.enable_lora and self.host.lora_drainer:
+            self.host.lora_drainer.update_draining_state(self.host.waiting_queue, self.host.running_batch.reqs)
         for req in list(self.host.waiting_queue):
             if req.to_finish is not None:
                 self.host.waiting_queue.remove(req)
                 self.finish_unadmitted(req)
                 continue
             try:
-                if self._is_being_filled(req) or self._is_being_fetched(req):
+                if self._lacks_adapter(req, adder) or self._is_being_filled(req) or self._is_being_fetched(req):
                     continue
                 while not (fits := self._fits(req, adder)):
                     self._admit(adder.can_run_list)
@@ -108,6 +110,16 @@ class Admission:
             if not fits:
                 return
         self._admit(adder.can_run_list)
+
+    def _lacks_adapter(self, req: Any, adder: Any) -> bool:
+        """Whether there is no place for a request's adapter beside those of all that run; it waits, others need not."""
+        if not self.host.enable_lora:
+            return False
+        return not self.host.can_schedule_lora_req(req, self._adapters(adder.can_run_list))
+
+    def _adapters(self, reqs: list[Any]) -> set[str | None]:
+        """Ids of the adapters of requests that are let in, and of those that run; None is none, which takes a place."""
+        return {req.lora_id for req in (*self.host.running_batch.reqs, *reqs)}
 
     def _is_being_filled(self, req: Any) -> bool:
         """Whether most of what a request has to fill is about to be filled for another one: it waits, and shares it."""
@@ -172,6 +184,8 @@ class Admission:
         if not reqs:
             return
         self.host.req_to_token_pool.alloc(reqs)
+        if self.host.enable_lora:  # they stay as long as a request with them runs
+            self.host.tp_worker.model_runner.lora_manager.fetch_new_loras(self._adapters(reqs))
         for req in reqs:
             self.host.waiting_queue.remove(req)
             self.pages.reqs[req.rid] = req
@@ -216,6 +230,7 @@ class Admission:
             noted=params.noted,
             rare_stops=not wishes.stop_ids <= self.usual_stops,
             prefixes=prefixes(req.origin_input_ids, self.facts.block_size, cache_key(req)),
+            adapter=req.lora_id,
             rules=Rules(
                 edits=params.edits,
                 reopens=params.reopens,

@@ -115,6 +115,9 @@ class Executor:
         batch = self._batch(written, of_ranks)
         if self.graphs is None or not self.graphs.unfolds(len(planned)):
             self._unfold(batch)
+        if self.runner.lora_manager is not None:
+            batch.lora_ids = [row.request.adapter for row in planned]
+            self.runner.lora_manager.prepare_lora_batch(batch)
         output = self.runner.forward(batch)
         # From here on the device works: what read() will want to know is worked out now.
         self.writer.follow(plan, written)

@@ -253,6 +253,11 @@ class LladaScheduler(Scheduler):
         super()._release_aborted_request(req)
         self.table.drop(req.rid)
 
+    def unload_lora_adapter(self, recv_req: Any) -> Any:
+        """As the host, which is told to once all of its requests are answered; some may have rows in flight."""
+        self.settle()
+        return super().unload_lora_adapter(recv_req)
+
     def settle(self) -> None:
         """Read and book everything, so that nothing is in flight, and nothing that failed runs."""
         self.pipeline.drain()

@@ -37,7 +37,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models.utils import WeightsMapper, apply_qk_norm
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.runtime_context import get_exec, get_lora, get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
@@ -323,6 +323,7 @@ def joins_shared_expert(c: Llada2Config, quant_config: Any) -> bool:
         and c.shared_intermediate_size == c.moe_intermediate_size
         and get_parallel().moe_ep_size == 1
         and get_exec().moe.ep_num_redundant_experts == 0
+        and not get_lora().enable_lora  # adapters have names for either
         # Who counts or returns the experts that tokens visit means routed ones.
         and get_exec().moe.expert_distribution_recorder_mode is None
         and not get_exec().features.enable_return_routed_experts

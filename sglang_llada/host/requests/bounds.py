@@ -170,7 +170,7 @@ REFUSED = {
     "return_routed_experts": TRACES,
     "return_indexer_topk": TRACES,
     "return_sampling_mask": "return_sampling_mask is not supported",
-    "lora_id": "LoRA adapters are not supported",
+    "lora_id": "adapters are named by lora_path, as they were loaded",
 }
 
 # Others of custom_params are a decode's or a processor's own: only their form and size are looked at here.

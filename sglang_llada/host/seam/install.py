@@ -48,6 +48,7 @@ def install(mode: Mode) -> None:
         widen_rows()
         replace_parsers()
         hook_grammars()
+        replace_adapters()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -74,7 +75,7 @@ def hook_arguments(mode: Mode) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.backends import ATTENTION_BACKEND
-    from sglang_llada.host.start.arguments import correct_facts, fill_in, keep_tiers, settle_quantisation
+    from sglang_llada.host.start.arguments import correct_facts, fill_in, keep_features, settle_quantisation
     from sglang_llada.host.start.devices import fill_in_platform
 
     def fill_in_after(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -93,7 +94,7 @@ def hook_arguments(mode: Mode) -> None:
     add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
     if mode is Mode.ON:
-        register_resolution_hook("handle_dllm_inference")(keep_tiers)
+        register_resolution_hook("handle_dllm_inference")(keep_features)
     HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
     verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
     HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
@@ -248,6 +249,15 @@ def hook_grammars() -> None:
 
     target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
     HookRegistry.register(target, bound_tags, HookType.BEFORE)
+
+
+def replace_adapters() -> None:
+    """Put our manager of adapters (LoRA) in the place of the host's; only a process with a model makes one."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.models.adapters import RowAdapters
+
+    HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager", RowAdapters, HookType.REPLACE)
 
 
 def replace_scheduler() -> None:

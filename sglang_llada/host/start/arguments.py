@@ -34,6 +34,7 @@ from sglang_llada.host.facts import (
     own_flag,
 )
 from sglang_llada.host.hub import folder_of
+from sglang_llada.host.start.adapters import adapter_options, places_experts, wants_adapters
 from sglang_llada.host.start.devices import cuda_options
 from sglang_llada.host.start.graphs import captures_prefills, graph_options
 from sglang_llada.host.start.ranks import check_split
@@ -82,9 +83,25 @@ REFUSALS = (
         lambda a: a.speculative_algorithm is not None,
     ),
     Refusal(
-        "--enable-lora and --lora-paths",
-        "a checkpoint that the adapter is merged into",
-        lambda a: a.enable_lora or a.lora_paths,
+        "--enable-lora with --enable-dp-attention",
+        "--tp-size without it",
+        lambda a: wants_adapters(a) and attention_dp(a),
+    ),
+    Refusal(
+        "--enable-lora with --enable-eplb, --ep-num-redundant-experts or --init-expert-location",
+        "--ep-size without them",
+        lambda a: wants_adapters(a) and places_experts(a),
+    ),
+    Refusal(
+        "--enable-lora with this release of SGLang",
+        "SGLang 0.5.23",
+        lambda a: wants_adapters(a) and not earlier.adds_adapters(),
+    ),
+    Refusal("--enable-lora-overlap-loading", AS_IT_IS, lambda a: a.enable_lora_overlap_loading),
+    Refusal(
+        "--experts-shared-outer-loras or --lora-use-virtual-experts",
+        AS_IT_IS,
+        lambda a: a.experts_shared_outer_loras or a.lora_use_virtual_experts,
     ),
     Refusal("--hicache-host-memory-mode buffer_only", AS_IT_IS, lambda a: a.hicache_host_memory_mode == "buffer_only"),
     Refusal("--enable-unified-cache-external-linker", TIERS, lambda a: a.enable_unified_cache_external_linker),
@@ -143,20 +160,21 @@ def fill_in(server_args: Any, mode: Mode) -> None:
         chosen["page_size"] = page_size(args)
         # Ranks with requests of their own cannot share a head: selection exchanges numbers per open position.
         chosen["enable_dp_lm_head"] = attention_dp(args)
-        chosen |= graph_options(args, chosen["page_size"]) | parsers(args)
+        chosen |= graph_options(args, chosen["page_size"]) | adapter_options(args, model) | parsers(args)
         if args.device == "cuda":
             chosen |= cuda_options(args, model.head_dim)
     declare_resolution(server_args, "sglang_llada", **chosen)
 
 
-def keep_tiers(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Around the host's step for diffusion models, which turns the hierarchical cache off: ours uses it."""
+def keep_features(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Around the host's step for diffusion models, which turns off what ours uses: tiers of KV, and adapters."""
     args = resolving_view(server_args)
-    if not (args.enable_hierarchical_cache and ARCHITECTURE in architectures(args.model_path, args.revision)):
+    kept = {name: True for name in ("enable_hierarchical_cache", "enable_lora") if getattr(args, name)}
+    if not kept or ARCHITECTURE not in architectures(args.model_path, args.revision):
         return previous(server_args)
-    declare_resolution(server_args, "sglang_llada", enable_hierarchical_cache=False)  # or the step warns of it
+    declare_resolution(server_args, "sglang_llada", **dict.fromkeys(kept, False))  # or the step warns of it
     previous(server_args)
-    declare_resolution(server_args, "sglang_llada", enable_hierarchical_cache=True)
+    declare_resolution(server_args, "sglang_llada", **kept)
 
 
 def default_to_greedy(defaults: dict[str, Any], model_config: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sglang.srt.layers.linear import LinearBase, MergedColumnParallelLinear, QKV
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,6 +90,9 @@ def load_tensors(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def places_of(model: Any) -> Iterator[tuple[str, Place]]:
     """The tensors that a model wants, by their canonical names."""
     for path, module in model.named_modules():
+        if isinstance(module, BaseLayerWithLoRA):  # the layer that it wraps comes next
+            continue
+        path = path.removesuffix(".base_layer")
         for leaf, param in module.named_parameters(recurse=False):
             loader = getattr(param, "weight_loader", None)
             if loader is None and isinstance(module, FusedMoE | LinearBase | VocabParallelEmbedding):

@@ -28,6 +28,12 @@ RELEASE = v0_5_23.RELEASE.but(
             "(self, tools, tool_call_parser, tokenizer, tool_choice)"
         ),
         "sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_non_stream": "(self, full_text)",
+        # Adapters are refused.
+        "sglang.srt.lora.lora_manager:LoRAManager.set_lora_module": "(self, module_name, module)",
+        "sglang.srt.lora.backend.base_backend:BaseLoRABackend.prepare_lora_batch": (
+            "(self, forward_batch, weight_indices, lora_ranks, scalings, use_cuda_graph, use_prefill_cuda_graph)"
+        ),
+        "sglang.srt.lora.backend.base_backend:BaseLoRABackend.forward_with_base": MISSING,
         # Its detectors find no call without tools.
         "sglang.srt.function_call.base_format_detector:BaseFormatDetector.parses_without_tools": MISSING,
         # It has no server but the HTTP one, so aborts are sent where outputs are.
