@@ -1,10 +1,10 @@
 """Processes of the host that start in a fifth of the time: forked from one that has imported what all of them import.
 
 An import of the host takes 16 s, and a server consists of three processes that import it. The standard library's fork
-server does it once for all processes of a test run. A process that it forks takes its own environment before it does
-anything; what imports read of it is told apart (READ_BY_IMPORTS, take_environment). Inside a server the host forks
-its processes where it would spawn them; all else is the plain command's, whose `main` runs. With TEST_SERVERS=cold
-every server is started by the plain command, and ranks are spawned.
+server does it once for all processes of a test run, and once more for each set of variables that imports may read
+(all but READ_LATER). A process that it forks takes its own environment before it does anything. Inside a server the
+host forks its processes where it would spawn them; all else is the plain command's, whose `main` runs. With
+TEST_SERVERS=cold every server is started by the plain command, and ranks are spawned.
 """
 
 from __future__ import annotations
@@ -43,16 +43,25 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
-STARTED = environment()  # before any test has changed it
-READ_BY_IMPORTS = ("TRITON_INTERPRET",)
+READ_LATER = {  # than by imports, or taken by take_environment
+    "FAULTS",
+    "OMP_NUM_THREADS",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE",
+    "SGLANG_LLADA_CHECKED",
+    "SGLANG_REQ_RUNNING_TIMEOUT",
+    "SGLANG_REQ_WAITING_TIMEOUT",
+    "TORCHDYNAMO_DISABLE",
+}
 
 
 @functools.cache
 def fork_server(variables: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
-    """The process that has imported MODULES, under variables that imports read."""
+    """The process that has imported MODULES under these variables."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(MODULES)
-    with mock.patch.dict(os.environ, STARTED | dict(variables), clear=True):
+    with mock.patch.dict(os.environ, dict(variables), clear=True):
         server.ensure_running()
     return server
 
@@ -60,7 +69,7 @@ def fork_server(variables: frozenset[tuple[str, str]]) -> forkserver.ForkServer:
 def fork(target: Callable[..., None], args: tuple[Any, ...], variables: dict[str, str]) -> ForkServerProcess:
     """A function of a module, called in a process of its own whose environment is these variables."""
     process: ForkServerProcess = ForkServerContext().Process(target=begin, args=(variables, target, args))
-    server = fork_server(frozenset((name, variables[name]) for name in READ_BY_IMPORTS if name in variables))
+    server = fork_server(frozenset(item for item in variables.items() if item[0] not in READ_LATER))
     with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
         process.start()
     return process
