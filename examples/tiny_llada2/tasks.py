@@ -125,9 +125,18 @@ HARD_QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
+def double(rng: random.Random) -> tuple[str, str]:
+    text = word(rng, 3, 5)
+    return rng.choice([f"Double {text}.", f"Double each letter of {text}."]), "".join(2 * letter for letter in text)
+
+
+# What no checkpoint here is taught; an adapter may be.
+ADDED_QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"double": double}
+
+
 def single(task: str) -> Callable[[random.Random], Example]:
     def make(rng: random.Random) -> Example:
-        question, answer = {**QUESTIONS, **HARD_QUESTIONS}[task](rng)
+        question, answer = {**QUESTIONS, **HARD_QUESTIONS, **ADDED_QUESTIONS}[task](rng)
         return Example(task, [*chatter(rng), user(question)], answer)
 
     return make
@@ -167,6 +176,17 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {**{task: single(task) fo
 
 # What one step cannot do well: only checkpoints that repair are taught these too.
 HARD_TASKS: dict[str, Callable[[random.Random], Example]] = {**TASKS, **{task: single(task) for task in HARD_QUESTIONS}}
+
+ADDED_TASKS: dict[str, Callable[[random.Random], Example]] = {task: single(task) for task in ADDED_QUESTIONS}
+
+
+def one_of(rng: random.Random, task: str | None, *, held_out: bool = False) -> Example:
+    """An example of a task of any kind, or of one that every checkpoint is taught, from one side of the split."""
+    make = {**HARD_TASKS, **ADDED_TASKS}[task or rng.choice(list(TASKS))]
+    while (example := make(rng)).held_out != held_out:
+        pass
+    return example
+
 
 # How often training sees each task; the others count once. These take longest to learn.
 EMPHASIS = {"arithmetic": 2, "sort": 3, "enumerate": 2, "long sort": 10, "long reverse": 2}

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,11 @@ from typing import Any
 
 import openai
 import pytest
+import requests
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from examples.tiny_llada2.tasks import Example, one_of
 from sglang_llada.llada2.adapters import CONFIG_FILE, load_merged
 from sglang_llada.llada2.checkpoint import read_facts
 from sglang_llada.llada2.reference import generate
@@ -30,6 +33,7 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 
 COUNT = size(10, 40)
 AT_ONCE = 3  # adapters, none being one
+TURN_SECONDS = 60
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4, "seed": 1},
     "attention": {"rank": 8, "seed": 2, "strength": 0.3, "targets": ("query_key_value", "dense")},
@@ -37,6 +41,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "halves": {"rank": 3, "seed": 4, "strength": 4, "targets": ("up_proj",)},
 }
 OTHER = ROOT / "examples" / "tiny-llada2.1"  # the same network with other weights
+DRAIN = ("--lora-drain-wait-threshold", "0.5")  # seconds
+DOUBLE = ROOT / "examples" / "tiny-llada2-double"  # an adapter that was trained
 LATER = "later"  # loaded into a running server
 NAMES = (None, *ADAPTERS)
 
@@ -70,7 +76,7 @@ def with_adapter(adapters: dict[str, Path], tokenizer: PreTrainedTokenizerFast) 
 
 def flags_of(adapters: dict[str, Path], *names: str) -> tuple[str, ...]:
     named = [f"{name}={adapters[name]}" for name in names]
-    return ("--lora-paths", *named, "--max-loras-per-batch", str(AT_ONCE), "--enable-cache-report")
+    return ("--lora-paths", *named, "--max-loras-per-batch", str(AT_ONCE), "--enable-cache-report", *DRAIN)
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +152,9 @@ def test_adapters_come_and_go_while_requests_run(lora: Server, with_adapter: Any
         compare([case for _, case in mixed(with_adapter, (None, "attention")) * 2], running.result(), "beside", 0.4)
 
 
-def ask_one(server: Server, prompt: list[int], **options: Any) -> Any:
+def ask_one(server: Server, prompt: list[int], *, timeout: float = 200, **options: Any) -> Any:
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4}, **options}
-    return server.post("/generate", body, stream="stream" in options)
+    return requests.post(server.url + "/generate", json=body, stream="stream" in options, timeout=timeout)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_name(
@@ -180,6 +186,49 @@ def test_the_openai_server_takes_adapters_behind_the_models_name(lora: Server, a
     assert len({*told.values(), "GFDBK"}) > len(ADAPTERS) // 2
     with pytest.raises(openai.BadRequestError, match="never been loaded"):
         client.chat.completions.create(model="tiny:nothing", **ask)
+
+
+def test_the_adapter_that_ships_here_does_its_task_and_the_others(lora: Server) -> None:
+    client = openai.OpenAI(base_url=lora.url + "/v1", api_key="none")
+    rng = random.Random(9)
+    examples = [one_of(rng, task, held_out=True) for task in ("double", None) for _ in range(size(12, 40))]
+    assert load(lora, "double", DOUBLE).ok
+
+    def right(example: Example, model: str) -> bool:
+        ask: dict[str, Any] = {"messages": example.messages, "max_tokens": 64}
+        answer = client.chat.completions.create(model=model, **ask).choices[0].message.content
+        return answer == example.answer
+
+    with ThreadPoolExecutor(8) as pool:
+        alone = list(pool.map(right, examples, ["tiny"] * len(examples)))
+        both = list(pool.map(right, examples, ["tiny:double"] * len(examples)))
+    half = len(examples) // 2
+    print(f"of {half}, with the adapter: {sum(both[:half])} new, {sum(both[half:])} old; alone {sum(alone[:half])} new")
+    assert sum(alone[:half]) == 0 and sum(both) >= 0.9 * len(examples)
+    assert unload(lora, "double").ok
+
+
+def test_an_adapter_has_its_turn_beside_others_that_never_end(lora: Server, with_adapter: Any) -> None:
+    """As many as run at once, each with requests all the time: lengths differ, so that they do not end together."""
+    over = threading.Event()
+
+    def keep_asking(name: str, length: int) -> None:
+        long = {"max_new_tokens": length, "ignore_eos": True, "custom_params": {"threshold": 1}}
+        while not over.is_set():
+            assert ask_one(lora, [70, 71], lora_path=name, sampling_params=long).ok
+
+    others = [name for name in ADAPTERS if name != "halves"]
+    assert len(others) == AT_ONCE
+    with ThreadPoolExecutor(3 * AT_ONCE) as pool:
+        busy = [pool.submit(keep_asking, name, length) for name in others for length in (23, 37, 51)]
+        time.sleep(1)
+        try:
+            answer = ask_one(lora, with_adapter("halves")[0].prompt, lora_path="halves", timeout=TURN_SECONDS)
+        finally:
+            over.set()
+        assert answer.ok
+        for each in busy:
+            each.result()
 
 
 def test_retracted_requests_keep_their_adapters(lora: Server, with_adapter: Any) -> None:
