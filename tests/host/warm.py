@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import setproctitle
 import torch
 import uvicorn._subprocess
 
@@ -77,6 +78,7 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], variables: dict[str
 
 def begin(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
     """In the forked process."""
+    setproctitle.getproctitle()  # finds the memory of titles by that of the environment, once
     os.environ.clear()
     os.environ.update(variables)
     take_environment()
