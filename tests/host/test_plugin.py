@@ -622,6 +622,22 @@ def test_an_adapter_that_does_not_fit_is_named_at_the_start(
         filled(arguments, Mode.ON, model_path=llada2, lora_paths=[filled_in])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_lora_rank": 1}, "its rank is 2; allowed: up to 1, as --max-lora-rank is"),
+        ({"lora_target_modules": ["q_proj"]}, "it has o_proj, which --lora-target-modules does not"),
+    ],
+)
+def test_adapters_that_have_no_room_are_refused_at_the_start(
+    arguments: Any, llada2: str, adapter: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        filled(arguments, Mode.ON, model_path=llada2, lora_paths=[str(adapter)], **given)
+    enough = {"max_lora_rank": 2, "lora_target_modules": ["o_proj"]}
+    assert filled(arguments, Mode.ON, model_path=llada2, lora_paths=[str(adapter)], **enough).enable_lora
+
+
 def test_adapters_and_a_replay_of_graphs_are_refused_together(
     arguments: Any, llada2: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

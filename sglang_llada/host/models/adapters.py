@@ -19,13 +19,12 @@ from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.utils import replace_submodule
 from torch import Tensor, nn
 
-from sglang_llada.host.backends import FEED_FORWARD
+from sglang_llada.host.backends import FEED_FORWARD, HOST_NAMES
 from sglang_llada.host.hub import folder_of
 from sglang_llada.llada2.adapters import adapter_of, checked
 from sglang_llada.llada2.config import ARCHITECTURE
 from sglang_llada.llada2.weights import read_tensors
 
-HOST_NAMES = {"query_key_value": "qkv_proj", "dense": "o_proj"}  # where they are not the checkpoint's
 HALVES = ("gate_proj", "up_proj")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_llada.config import REPLAY_VARIABLE, read_switch
 from sglang_llada.errors import ConfigError
-from sglang_llada.host.backends import CPU_ADAPTERS, FEED_FORWARD
+from sglang_llada.host.backends import CPU_ADAPTERS, FEED_FORWARD, HOST_NAMES
 from sglang_llada.host.hub import folder_of
 from sglang_llada.llada2.adapters import Adapter, checked, read_adapter
 from sglang_llada.llada2.config import Llada2Config
@@ -48,15 +48,16 @@ def adapter_options(args: Any, model: Llada2Config) -> dict[str, Any]:
         raise ConfigError(f"{REPLAY_VARIABLE} is '1', and no CUDA graph has steps with adapters; leave out one of both")
     if not args.lora_paths and not args.max_lora_rank:
         raise ConfigError("--enable-lora without --lora-paths needs --max-lora-rank, by which room is set aside")
+    room = layers(args.lora_target_modules) if args.lora_target_modules else None
     for name, path in paths(args.lora_paths or []):
         try:
-            check_adapter(path, model)
+            check_room(check_adapter(path, model), args.max_lora_rank, room)
         except ConfigError as error:
             raise ConfigError(f"--lora-paths {name}: {error}") from None
     logger.warning("CUDA graphs of steps are off, because there are adapters (LoRA)")
     chosen: dict[str, Any] = {"enable_lora": True, "disable_decode_cuda_graph": True}
-    if args.lora_target_modules or not args.lora_paths:
-        chosen["lora_target_modules"] = sorted(layers(args.lora_target_modules or ["all"]))
+    if room is not None or not args.lora_paths:
+        chosen["lora_target_modules"] = sorted(layers(["all"]) if room is None else room)
     if args.device == "cpu":
         chosen["lora_backend"] = CPU_ADAPTERS
     return chosen
@@ -68,7 +69,9 @@ def layers(given: Iterable[str]) -> set[str]:
     Raises:
         ConfigError: LLaDA2 does not have one of them, or takes no adapter there.
     """
-    names = LAYERS.keys() if {*given} == {"all"} else {*given}
+    names = {*given}
+    if names == {"all"}:
+        names = {*LAYERS}
     if wrong := names - LAYERS.keys():
         allowed = f"all, or some of {', '.join(LAYERS)}"
         raise ConfigError(f"--lora-target-modules has {', '.join(sorted(wrong))}; allowed: {allowed}")
@@ -97,3 +100,12 @@ def check_adapter(path: str, model: Llada2Config) -> Adapter:
     if Path(path).is_dir():
         checked(model, adapter, dict(headers(folder)))
     return adapter
+
+
+def check_room(adapter: Adapter, max_rank: int | None, room: set[str] | None) -> None:
+    """Raise ConfigError unless what the user sets aside for adapters, if anything, is enough for one."""
+    if max_rank and adapter.rank > max_rank:
+        raise ConfigError(f"its rank is {adapter.rank}; allowed: up to {max_rank}, as --max-lora-rank is")
+    needed = layers(HOST_NAMES.get(name, name) for name in adapter.targets)
+    if room is not None and (beside := needed - room):
+        raise ConfigError(f"it has {', '.join(sorted(beside))}, which --lora-target-modules does not")
