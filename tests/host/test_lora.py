@@ -152,6 +152,20 @@ def test_adapters_come_and_go_while_requests_run(lora: Server, with_adapter: Any
         compare([case for _, case in mixed(with_adapter, (None, "attention")) * 2], running.result(), "beside", 0.4)
 
 
+def test_a_client_that_leaves_does_not_hold_its_adapter(
+    lora: Server, with_adapter: Any, adapters: dict[str, Path]
+) -> None:
+    assert load(lora, LATER, adapters[LATER]).ok
+    endless = {"max_new_tokens": 3000, "ignore_eos": True, "custom_params": {"threshold": 1}}
+    with ask_one(lora, [70, 71], lora_path=LATER, stream=True, sampling_params=endless) as reply:
+        next(each_event(reply))
+    assert unload(lora, LATER).ok
+    asked = [(None, case) for case in with_adapter(None)]
+    compare([case for _, case in asked], ask(lora, asked), "after it", most_close=0.4)
+    lora.flush()
+    assert lora.load()["num_running_reqs"] == 0
+
+
 def ask_one(server: Server, prompt: list[int], *, timeout: float = 200, **options: Any) -> Any:
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4}, **options}
     return requests.post(server.url + "/generate", json=body, stream="stream" in options, timeout=timeout)
