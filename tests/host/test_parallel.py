@@ -27,7 +27,9 @@ FLAGS = {
     "tensor": ("--tp-size", "2"),
     "experts": ("--tp-size", "2", "--ep-size", "2"),
     "attention": ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
+    "copies of experts": ("--tp-size", "2", "--ep-size", "2", "--ep-num-redundant-experts", "2"),
 }
+MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "20", "--expert-distribution-recorder-buffer-size", "20")
 
 
 def test_two_ranks_with_requests_of_their_own_answer_as_one(cases: list[Case], tmp_path: Path) -> None:
@@ -81,6 +83,20 @@ def test_two_ranks_answer_as_one_until_one_of_them_dies(cases: list[Case], tmp_p
         assert "TP1" in tail(log, 20000) or "rank 1" in tail(log, 20000), tail(log)
     finally:
         stop(process)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("replay", ["0", "1"])
+def test_experts_may_move_between_ranks_while_they_answer(cases: list[Case], replay: str, tmp_path: Path) -> None:
+    flags = (*FLAGS["copies of experts"], *MOVING, *LOG_OFTEN)
+    with serving(TINY, tmp_path / "log", *flags, env={"SGLANG_LLADA_REPLAY": replay}) as server:
+        for _ in range(3):
+            server.flush()
+            replayed, eager = answer_as_one(server, cases, f"experts that move, replay {replay}")
+        assert (replayed > eager) is (replay == "1")
+        moves = server.log.read_text().count("rebalance end")
+        print(f"experts were moved {moves} times")
+        assert moves > 1
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_tp_group
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
@@ -402,8 +403,10 @@ class Trunk(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Tensor:
         x = self.word_embeddings(input_ids)
         residual_batch.start(forward_batch)
-        for layer in self.layers:
-            x = layer(positions, x, forward_batch)
+        counts = get_global_expert_distribution_recorder()
+        for i, layer in enumerate(self.layers):
+            with counts.with_current_layer(i):
+                x = layer(positions, x, forward_batch)
         x = residual_batch.complete_output(x, forward_batch)
         if not forward_batch.forward_mode.is_idle():
             x = residual_batch.final_norm(x, forward_batch, self.norm)
@@ -441,6 +444,12 @@ class LLaDA2MoeModelLM(nn.Module):
         hidden = self.model(input_ids, positions, forward_batch)
         # The host cuts padded rows off both; logits of no width, because those that matter are selected from later.
         return LogitsProcessorOutput(next_token_logits=hidden[:, :0], hidden_states=hidden)
+
+    @property
+    def routed_experts_weights_of_layer(self) -> dict[int, list[Tensor]]:
+        """The matrices of each layer's experts, as whoever moves experts between ranks wants them."""
+        moes = {i: layer.mlp for i, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoE)}
+        return {i: [matrix.data for matrix in moe.experts.parameters()] for i, moe in moes.items()}
 
     @property
     def head(self) -> Head:

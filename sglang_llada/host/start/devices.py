@@ -14,6 +14,8 @@ from sglang_llada.host.backends import ATTENTION_BACKEND, ATTENTION_BACKENDS, RU
 from sglang_llada.host.cpu.platform import KV_TOKENS, CpuPlatform, native_bf16
 from sglang_llada.host.facts import attention_dp, config_of
 
+ALL_LAYERS = 1 << 20  # as one chunk, however many a model has
+
 logger = logging.getLogger(__name__)
 
 FLASHINFER_HEADS = (64, 128, 256, 512)  # DISPATCH_HEAD_DIM of its utils.cuh
@@ -49,6 +51,8 @@ def fill_in_platform(server_args: Any) -> None:
         # Of the host's ways to copy KV between its tiers, the one without kernels of a device.
         hicache_io_backend="direct",
         hicache_mem_layout="layer_first",
+        # Experts that move all at once are timed by the host, which waits for a device then.
+        eplb_rebalance_layers_per_chunk=args.eplb_rebalance_layers_per_chunk or ALL_LAYERS,
         max_total_tokens=args.max_total_tokens or KV_TOKENS,
         dtype=cpu_dtype(args.model_path, args.revision) if args.dtype == "auto" else args.dtype,
     )

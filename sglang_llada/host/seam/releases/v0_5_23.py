@@ -935,6 +935,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.distributed.parallel_state:GroupCoordinator.all_gather", Kind.USE,
          "(self, input_, dim, output_tensor_list)",
          "a few numbers per open position of every rank", OWN_MODEL),
+    Seam("sglang.srt.eplb.expert_distribution:get_global_expert_distribution_recorder", Kind.USE, "()",
+         "the layer whose experts are counted", OWN_MODEL),
     Seam("sglang.srt.eplb.expert_location:ModelConfigForExpertLocation", Kind.USE, CLASS,
          "what expert load balancing must know", OWN_MODEL),
     Seam("sglang.srt.layers.activation:SiluAndMul", Kind.USE, CLASS,
