@@ -54,14 +54,14 @@ def load(folder: Path) -> Any:
 def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [BLOCKS * T, V] of one request whose blocks are rows of one forward."""
     layout, last = RowLayout(T, 0), torch.zeros(1, T + 1, dtype=torch.int64)
-    idle = [[0] * (layout.record.stop - T)] * BLOCKS
-    decider = SimpleNamespace(block_size=T, layout=layout, idle=idle[0], model=runner.model, last=last)
+    idle = [0] * (layout.record.stop - T)
+    decider = SimpleNamespace(block_size=T, layout=layout, idle=idle, model=runner.model, last=last)
     executor = Executor(runner, decider)  # type: ignore[arg-type]  # a stand-in
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    starts = range(0, len(ids), T)
-    written = (ids.view(-1, T).numpy(), idle, [SLOT] * BLOCKS, starts, [WRITTEN] * BLOCKS)
-    batch = executor._batch(np.column_stack(written))
+    written = np.column_stack((ids.view(-1, T).numpy(), [idle] * BLOCKS, [SLOT] * BLOCKS, [WRITTEN] * BLOCKS))
+    written[:, layout.start] = range(0, len(ids), T)
+    batch = executor._batch(written)
     executor._unfold(batch)
     return runner.forward(batch).logits_output.full_logits
 
