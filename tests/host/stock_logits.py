@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import sglang.benchmark.one_batch as host
 import torch
 from sglang.srt.plugins import load_plugins
@@ -20,7 +19,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang_llada.decode.layout import RowLayout
 from sglang_llada.host.cpu import experts as cpu_experts
 from sglang_llada.host.engine.executor import Executor
-from sglang_llada.host.engine.rows import WRITTEN
+from tests.rows import idle_rows
 from tests.toy import EOS, make_checkpoint
 
 T, BLOCKS, SLOT = 32, 5, 1
@@ -59,9 +58,7 @@ def logits(runner: Any, ids: torch.Tensor) -> torch.Tensor:
     executor = Executor(runner, decider)  # type: ignore[arg-type]  # a stand-in
     table = executor.req_to_token
     table[SLOT, : len(ids)] = torch.arange(T, T + len(ids), dtype=table.dtype)  # page 0 is the host's padding
-    written = np.column_stack((ids.view(-1, T).numpy(), [idle] * BLOCKS, [SLOT] * BLOCKS, [WRITTEN] * BLOCKS))
-    written[:, layout.start] = range(0, len(ids), T)
-    batch = executor._batch(written)
+    batch = executor._batch(idle_rows(layout, ids.view(-1, T).numpy(), [SLOT] * BLOCKS, range(0, len(ids), T)))
     executor._unfold(batch)
     return runner.forward(batch).logits_output.full_logits
 

@@ -117,7 +117,7 @@ def told(call: Callable[[], None]) -> str:
 def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) -> list[Tensor]:
     """Logits [T, V] of rows (sequence, block), whose KV lies in pages of their own."""
     from sglang_llada.host.engine.executor import Decider, Executor
-    from sglang_llada.host.engine.rows import WRITTEN
+    from tests.rows import idle_rows  # which imports the host
 
     executor = Executor(runner, Decider(runner))
     for slot in range(len(texts)):  # page 0 is the host's, for padding
@@ -126,8 +126,7 @@ def forward(runner: Any, texts: list[list[int]], rows: list[tuple[int, int]]) ->
     tokens = np.array([texts[slot][block * T : (block + 1) * T] for slot, block in rows])
     starts, slots = [block * T for _, block in rows], [slot for slot, _ in rows]
     with torch.inference_mode():
-        idle = [executor.decider.idle] * len(rows)
-        batch = executor._batch(np.column_stack((tokens, idle, slots, starts, [WRITTEN] * len(rows))), None)
+        batch = executor._batch(idle_rows(executor.layout, tokens, slots, starts), None)
         executor._unfold(batch)
         hidden = runner.forward(batch).logits_output.hidden_states
         return list(logits(runner.model, hidden).split(T))
