@@ -225,10 +225,10 @@ def decisions(shape: Shape, card: Card, _until: float) -> list[dict[str, Any]]:
         rows.append(show("decide", count, "kernels", card.us(lambda f=ours: pack(f())), floor, right))
         rows.append(show("decide", count, "torch around selection", card.us(lambda f=torchs: pack(f())), floor, True))
         gathered = partial(decide_triton.gather_wanted, hidden, ids, table, T, positions)
-        _, number, less, by = gathered()
+        wanted, spans, place, less, by, *_ = gathered()
         rows.append(show("decide", count, "of it gathering", card.us(gathered, 20), card.floor(hidden.nbytes), True))
-        found = select_triton.select(hidden, head, MASK, 1, None, number, Lowered(less, by))
-        last = partial(decide_triton.decide_rows, ids, table, found.token, found.prob, T)
+        found = select_triton.select(wanted, head, MASK, 1, None, spans[:1], Lowered(less, by))
+        last = partial(decide_triton.decide_rows, ids, table, place, found.token, found.prob, T)
         rows.append(
             show("decide", count, "of it the last kernel", card.us(last, 20), card.floor(3 * table.nbytes), True)
         )
