@@ -44,23 +44,23 @@ def pack(rollouts: Sequence[Rollout], block_size: int, mask_id: int) -> Decision
     """Every decision of these rollouts."""
     ids, positions, copies = [], [], []
     found: list[tuple[int, int, int, float]] = []
-    for row, each in enumerate(rollouts):
+    for b, each in enumerate(rollouts):
         sequence = each.prompt + each.answer
         clean = max((step.start for step in each.steps), default=0)
         mine, where, copy = sequence[:clean], list(range(clean)), [0] * clean
         for number, step in enumerate(each.steps, 1):
-            found += [(row, len(mine) + i, token, step.chances[i]) for i, token in step.decided.items()]
+            found += [(b, len(mine) + i, token, step.chances[i]) for i, token in step.decided.items()]
             mine += [mask_id if token is None else token for token in step.seen]
             where += range(step.start, step.start + block_size)
             copy += [number] * block_size
         ids.append(torch.tensor(mine))
         positions.append(torch.tensor(where))
         copies.append(torch.tensor(copy))
-    padded = [torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (ids, positions)]
+    padded, places = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (ids, positions))
     copy_of = torch.nn.utils.rnn.pad_sequence(copies, batch_first=True, padding_value=-1)
     row, at, token = (torch.tensor([each[i] for each in found], dtype=torch.int64) for i in range(3))
     chance = torch.tensor([each[3] for each in found])
-    return Decisions(*padded, sees(padded[1] // block_size, copy_of), row, at, token, chance.log())
+    return Decisions(padded, places, sees(places // block_size, copy_of), row, at, token, chance.log())
 
 
 def sees(block: Tensor, copy: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class InProcess:
         self.engine = engine
 
     def answers(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
-        return self.engine.generate(input_ids=prompts, sampling_params=sampling)  # type: ignore[no-any-return]
+        return self.engine.generate(input_ids=prompts, sampling_params=sampling)
 
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         self.engine.begin_weight_update()

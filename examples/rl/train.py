@@ -124,7 +124,7 @@ class Trainer:
         """One gradient step."""
         decisions = pack(tried, self.model.config.block_size, mask_id)
         now = log_probs(self.model, decisions, mask_id)
-        policy_loss(now, decisions.drawn, advantage[decisions.row]).backward()  # type: ignore[no-untyped-call]
+        policy_loss(now, decisions.drawn, advantage[decisions.row]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

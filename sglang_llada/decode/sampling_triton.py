@@ -329,7 +329,7 @@ def slice_kernel(
     if CUT:
         peak, least = tl.load(state + p, there, 0.0), tl.load(how + 3 * positions + p, there, 0.0)
         low, width = tl.load(state + 2 * positions + p, there, 0.0), tl.load(state + 3 * positions + p, there, 0.0)
-    if BOUNDS > 0:  # noqa: SIM102 (else there is nothing to ask)
+    if BOUNDS > 0:  # noqa: SIM102 - decided by the compiler, which would not find `width` in a pass without bounds
         if tl.max(width, 0) == 0.0:
             return
     best = tl.full((POSITIONS,), float("-inf"), tl.float32)

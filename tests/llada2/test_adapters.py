@@ -112,7 +112,10 @@ def test_a_tensor_beside_the_targets_is_unknown() -> None:
 
 def test_merging_adds_to_the_matrices_that_have_an_adapter(tmp_path: Path) -> None:
     base = load_reference(TINY)
-    wanted = lambda name: ".layers.2.mlp.experts.5.up_proj." in name  # noqa: E731
+
+    def wanted(name: str) -> bool:
+        return ".layers.2.mlp.experts.5.up_proj." in name
+
     folder = write_adapter(tmp_path / "adapter", base.config, rank=2, seed=0, targets=("up_proj",), wanted=wanted)
     (a, b), merged = load_file(folder / "adapter_model.safetensors").values(), load_merged(TINY, folder)
     before, after = base.state_dict(), merged.state_dict()

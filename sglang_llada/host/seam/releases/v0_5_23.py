@@ -62,6 +62,8 @@ SEAMS: tuple[Seam, ...] = (
          "sums are to have one order", PLUGIN_API),
     Seam("sglang.srt.arg_groups.fields.exec_:ExecDeterministic.rl_on_policy_target", Kind.USE, VALUE,
          "is refused", PLUGIN_API),
+    Seam("sglang.srt.arg_groups.fields.exec_:ExecMoe.eplb_rebalance_layers_per_chunk", Kind.USE, VALUE,
+         "experts that move all at once are timed, which waits for a device", PLUGIN_API),
     Seam("sglang.srt.arg_groups.fields.exec_:ExecDllm.dllm_algorithm_config", Kind.USE, VALUE,
          "names the YAML file of decode parameters", NAMED_ALGORITHMS),
     Seam("sglang.srt.configs.model_config:ModelConfig._verify_quantization", Kind.HOOK, "(self)",
