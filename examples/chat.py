@@ -10,7 +10,8 @@ import argparse
 import shutil
 import sys
 
-from sglang_llada.view.ask import Question, Service
+from sglang_llada.service import Service
+from sglang_llada.view.ask import Question, put
 
 TERMINAL = sys.stdout.isatty()
 
@@ -20,7 +21,7 @@ def watch(service: Service, question: Question) -> str:
     cells: list[dict[str, int]] = []
     texts: dict[str, str] = {}
     answer = ""
-    for event in service.ask(question):
+    for event in put(service, question):
         texts |= {token: "▪" if text.startswith("<|") else text for token, text in event.get("texts", {}).items()}
         for frame in event.get("frames", ()):
             cells = [*cells[: frame["first"]], *frame["cells"]]

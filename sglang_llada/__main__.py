@@ -1,5 +1,5 @@
-"""`python -m sglang_llada env | check | algorithms | view`: what is installed, whether it fits the host, what it can
-decode, and how answers came.
+"""`python -m sglang_llada env | check | algorithms | view | tune`: what is installed, whether it fits the host, what it
+can decode, how answers came, and at which setting they come best.
 
 `check --model PATH` says what is read of a checkpoint instead, and what a start with it would refuse. Imports nothing
 of the host, so every answer comes at once, also where the host does not start.
@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import sglang_llada
 from sglang_llada import config, options, plugin
@@ -30,13 +31,23 @@ WHITELIST_VARIABLE = "SGLANG_PLUGINS"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; exit status 0 if all is well, 1 if something differs, is excluded or set wrongly."""
     parser = argparse.ArgumentParser(prog="python -m sglang_llada", description=sglang_llada.__doc__)
-    commands = {"env": show_env, "check": show_check, "algorithms": show_algorithms, "view": show_view}
+    commands = {
+        "env": show_env,
+        "check": show_check,
+        "algorithms": show_algorithms,
+        "view": show_view,
+        "tune": show_tuning,
+    }
     sub = parser.add_subparsers(dest="command", required=True)
     parsers = {name: sub.add_parser(name, description=command.__doc__) for name, command in commands.items()}
     parsers["check"].add_argument("--model", help="a checkpoint, as --model-path of the server takes it")
     parsers["check"].add_argument("--revision", help="a branch, tag or commit of its repository")
     parsers["algorithms"].add_argument("--json", action="store_true", help="the JSON schema of custom_params")
+    for name in ("view", "tune"):
+        parsers[name].add_argument("--url", default="http://127.0.0.1:30000", help="the model's server, without a path")
+        parsers[name].add_argument("--api-key", help="its key, if it was started with one")
     add_view_flags(parsers["view"])
+    add_tune_flags(parsers["tune"])
     args = parser.parse_args(argv)
     try:
         return commands[args.command](args)
@@ -47,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """What is shown, and how."""
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the model's server, without a path")
-    parser.add_argument("--api-key", help="its key, if it was started with one")
     parser.add_argument("--ask", help="a question to begin with")
     parser.add_argument("--params", type=json.loads, default={}, help="with --ask: custom_params, as JSON")
     parser.add_argument("--max-tokens", type=int, default=128, help="with --ask: tokens of the answer at most")
@@ -56,6 +65,42 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, help="no page is served, this file written: .json, .html, .svg or .gif")
     parser.add_argument("--host", default="127.0.0.1", help="the page's own address")
     parser.add_argument("--port", type=int, default=30080, help="and port")
+
+
+def add_tune_flags(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and what is made of it."""
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages or text, and answer")
+    parser.add_argument("--first", type=positive, help="only so many of them, from the beginning")
+    parser.add_argument(
+        "--setting",
+        type=mapping,
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="custom_params to try, again for each; the first is what others are held against",
+    )
+    parser.add_argument("--at-once", type=positive, nargs="+", default=[1, 8], help="requests under way at any time")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="tokens of an answer at most")
+    parser.add_argument("--save", type=Path, help="an .svg to draw")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, not the table")
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer from 1")
+    return int(text)
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a JSON object")
+    return value
 
 
 def show_env(_: argparse.Namespace) -> int:
@@ -131,18 +176,29 @@ def show_algorithms(args: argparse.Namespace) -> int:
 
 def show_view(args: argparse.Namespace) -> int:
     """How answers are decided, step by step: a page for questions to a running server, or for saved traces."""
+    from sglang_llada.service import Service
     from sglang_llada.view import command
 
-    service = command.Service(args.url.rstrip("/"), args.api_key)
+    service = Service(args.url.rstrip("/"), args.api_key)
     traces = [command.load(path) for path in args.trace]
     if args.ask is not None:
         asked = command.Question([{"role": "user", "content": args.ask}], args.params, args.max_tokens)
-        traces.append(command.collected(service.ask(asked)))
+        traces.append(command.collected(command.put(service, asked)))
     if args.save is not None:
         command.save(traces, args.save)
     else:
         command.serve(args.host, args.port, service, traces)
     return 0
+
+
+def show_tuning(args: argparse.Namespace) -> int:
+    """Which setting suits whose prompts: a server's answers to them at several, their quality, forwards and times."""
+    from sglang_llada.service import Service
+    from sglang_llada.tune import command, prompts
+
+    plan = command.Plan(prompts.read(args.prompts)[: args.first], args.setting, args.at_once, args.max_tokens)
+    whole = command.tune(Service(args.url.rstrip("/"), args.api_key), plan, args.save, args.json)
+    return 0 if whole else 1
 
 
 def standing(environ: Mapping[str, str]) -> str:

@@ -34,14 +34,16 @@ RULES = {
     "errors": Rule(frozenset()),
     "config": Rule(frozenset({"errors"})),
     "options": Rule(BASE),
-    "view": Rule(BASE, frozenset({"PIL"})),  # for GIFs
+    "service": Rule(BASE),
+    "view": Rule(BASE | {"service"}, frozenset({"PIL"})),  # for GIFs
+    "tune": Rule(BASE | {"service", "options", "view"}),
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),
     "llada2": Rule(BASE, frozenset({"torch", "triton", "transformers", "safetensors", "tokenizers"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),
-    "__main__": Rule(PURE | {"host", "plugin", "options", "view"}, ANY),
+    "__main__": Rule(PURE | {"host", "plugin", "options", "service", "tune", "view"}, ANY),
 }
 
 

@@ -21,8 +21,9 @@ import pytest
 
 from sglang_llada.__main__ import main
 from sglang_llada.errors import ConfigError
+from sglang_llada.service import Service
 from sglang_llada.view import command
-from sglang_llada.view.ask import Question, Service, collected, load
+from sglang_llada.view.ask import Question, collected, load, put
 from sglang_llada.view.draw import EDGE, HIGH, HOLD, PACE, picture, svg
 from sglang_llada.view.gif import SCALE
 from sglang_llada.view.serve import PLACE, Viewer, page
@@ -165,7 +166,7 @@ def question(content: str = "Say something.", **params: Any) -> Question:
 
 def test_a_question_becomes_a_trace(server: told.Server) -> None:
     asked = question(threshold=0.5)
-    trace = collected(Service(server.url, "key").ask(asked))
+    trace = collected(put(Service(server.url, "key"), asked))
     assert trace["answer"] == "Hello, world!" and trace["tokens"] == 13 and trace["finish"] == "stop"
     assert (trace["steps"], trace["forwards"]) == (4, 5)
     assert trace["model"] == "scripted" and trace["block_size"] == BLOCK and trace["algorithm"] == "threshold"
@@ -179,19 +180,19 @@ def test_a_question_becomes_a_trace(server: told.Server) -> None:
 
 
 def test_the_algorithm_that_is_asked_for_says_whether_tokens_move(server: told.Server) -> None:
-    trace = collected(Service(server.url).ask(question("move", algorithm="levenshtein")))
+    trace = collected(put(Service(server.url), question("move", algorithm="levenshtein")))
     assert trace["given"] == [ord(letter) for letter in "abc"] and trace["texts"][str(ord("a"))] == "a"
     assert [frame["deleted"] for frame in trace["frames"]][4] == ({"at": 2, "token": ord("q")},)
 
 
 def test_a_refusal_is_told_in_the_servers_words(server: told.Server) -> None:
     with pytest.raises(ConfigError, match=r"^the server says: 4 are too many$"):
-        list(Service(server.url).ask(question(live_blocks=4)))
+        list(put(Service(server.url), question(live_blocks=4)))
 
 
 def test_an_answer_that_breaks_off_is_said_to(server: told.Server) -> None:
     server.tells = lambda outputs: outputs[:3]
-    events = Service(server.url).ask(question())
+    events = put(Service(server.url), question())
     assert sum(len(event["frames"]) for event in itertools.islice(events, 1, 5)) == 4
     with pytest.raises(ConfigError, match="broke off after 3 steps"):
         next(events)
@@ -200,7 +201,7 @@ def test_an_answer_that_breaks_off_is_said_to(server: told.Server) -> None:
 def test_a_server_that_leaves_snapshots_out_is_named(server: told.Server) -> None:
     server.tells = lambda outputs: [outputs[0], only_new(outputs[-1])]
     with pytest.raises(ConfigError, match=r"told 1 of 4 steps; start it without --incremental-streaming-output"):
-        list(Service(server.url).ask(question()))
+        list(put(Service(server.url), question()))
 
 
 def only_new(output: dict[str, Any]) -> dict[str, Any]:
@@ -212,19 +213,19 @@ def only_new(output: dict[str, Any]) -> dict[str, Any]:
 def test_a_server_of_another_kind_is_named(server: told.Server) -> None:
     server.flag = "Other"
     with pytest.raises(ConfigError, match="decodes no blocks: its dllm_algorithm is 'Other'"):
-        list(Service(server.url).ask(question()))
+        list(put(Service(server.url), question()))
 
 
 def test_no_server_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match=r"no server answers at http://127.0.0.1:9 .*`make serve` starts one"):
-        list(Service("http://127.0.0.1:9").ask(question()))
+        list(put(Service("http://127.0.0.1:9"), question()))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_trace_is_opened_again(server: told.Server, tmp_path: Path) -> None:
-    trace = collected(Service(server.url).ask(question()))
+    trace = collected(put(Service(server.url), question()))
     command.save([trace], tmp_path / "a.json")
     assert load(tmp_path / "a.json") == json.loads(json.dumps(trace))
 

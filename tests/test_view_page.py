@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from sglang_llada.service import Service
 from sglang_llada.view import command
-from sglang_llada.view.ask import Question, Service, Trace, collected
+from sglang_llada.view.ask import Question, Trace, collected, put
 from sglang_llada.view.draw import svg
 from sglang_llada.view.serve import Viewer
 from tests import told
@@ -54,7 +55,7 @@ def viewer(server: told.Server) -> Iterator[str]:
 
 def trace(server: told.Server, content: str, **params: Any) -> Trace:
     """An answer of the scripted server."""
-    return collected(Service(server.url).ask(Question([{"role": "user", "content": content}], params)))
+    return collected(put(Service(server.url), Question([{"role": "user", "content": content}], params)))
 
 
 def saved(server: told.Server, folder: Path, *contents: str) -> str:
@@ -168,11 +169,11 @@ def test_traces_are_saved_and_opened(tab: Tab, viewer: str, server: told.Server,
     wait_for(tab, tmp_path / "answer.svg")
     assert (tmp_path / "answer.svg").read_text(encoding="utf-8") == svg([kept])
     tab.open(viewer)
-    put(tab, file)
+    choose(tab, file)
     tab.wait("runs.length === 1 && timer === null && at === 4")
     assert texts(tab, ".text") == ["Hello, world!"]
     (tmp_path / "other.json").write_text("[]")
-    put(tab, tmp_path / "other.json")
+    choose(tab, tmp_path / "other.json")
     tab.wait("!document.getElementById('trouble').hidden")
     assert "That is no trace" in texts(tab, "#trouble")[0]
 
@@ -186,7 +187,7 @@ def wait_for(tab: Tab, file: Path) -> None:
     raise AssertionError(f"there is no {file}")
 
 
-def put(tab: Tab, file: Path) -> None:
+def choose(tab: Tab, file: Path) -> None:
     """Choose a file to be opened."""
     node = tab.call("Runtime.evaluate", expression="document.getElementById('open')")["result"]["objectId"]
     tab.call("DOM.setFileInputFiles", files=[str(file)], objectId=node)

@@ -7,6 +7,7 @@ is committed by then; and below each letter the step of its block that put it th
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ def told(rows: list[Row], prompt: str, fills: int = 1) -> Told:
             "completion_tokens": len(text),
             "dllm_nfe": number + fills,
             "dllm_steps": number,
+            "dllm_forward_counts": [number],
             "step_maps": [int(step) for step in steps],
             "dllm_confidences": [sure(step) for step in steps],
             "dllm_snapshots": snapshots[:],
@@ -86,12 +88,13 @@ SCRIPTS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The routes of a server that ask.Service uses; the algorithm that is asked for is the script that is told."""
+    """The routes of a server that service.Service has; the algorithm that is asked for is the script that is told."""
 
     server: Server
 
     def do_GET(self) -> None:
-        self._say({"served_model_name": "scripted", "page_size": BLOCK, "dllm_algorithm": self.server.flag})
+        said = {"served_model_name": "scripted", "page_size": BLOCK, "incremental_streaming_output": self.server.pieces}
+        self._say({**said, "dllm_algorithm": self.server.flag})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -125,15 +128,20 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The server, what it was asked, and what differs from test to test: its flag, and which outputs it tells."""
+    """The server, what it was asked, and what differs from test to test: its flags, and which outputs it tells."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, Any, str | None]] = []
-        self.flag = "Threshold"
+        self.flag, self.pieces = "Threshold", False
         self.tells: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has left is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import urllib.error
-import urllib.request
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from sglang_llada.config import FLAGS, NEED_INDEL, VARIANTS
+from sglang_llada.config import NEED_INDEL, VARIANTS
 from sglang_llada.errors import ConfigError
+from sglang_llada.service import Service, outputs
 from sglang_llada.view.trajectory import Frame, Trajectory
 
-TIMEOUT = 600  # seconds without a byte of the server
 FORMAT = "sglang-llada trace 1"
 
 Event = dict[str, Any]
@@ -51,111 +48,53 @@ class Question:
         return cls(**asked)
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A running server: its address without a path, and its key if it wants one."""
+def put(service: Service, question: Question) -> Generator[Event]:
+    """The events of an answer, as it comes.
 
-    url: str
-    key: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """What a trace says of it: `model`, `block_size`, `algorithm`."""
-        said = self._json(self._open("/server_info"))
-        flag = said.get("dllm_algorithm")
-        if flag not in FLAGS:
-            raise ConfigError(f"the server at {self.url} decodes no blocks: its dllm_algorithm is {flag!r}")
-        return {"model": said["served_model_name"], "block_size": said["page_size"], "algorithm": FLAGS[flag]}
-
-    def ask(self, question: Question) -> Generator[Event]:
-        """The events of an answer, as it comes.
-
-        Raises:
-            ConfigError: there is no such server, or it refuses, in its own words.
-        """
-        facts = self.facts()
-        algorithm = question.custom_params.get("algorithm", facts["algorithm"])
-        prompt = self.post("/tokenize", {"messages": question.messages})["tokens"]
-        body = {
-            "input_ids": prompt,
-            "stream": True,
-            "sampling_params": {
-                "temperature": question.temperature,
-                "max_new_tokens": question.max_new_tokens,
-                "custom_params": {**question.custom_params, "trace": True, "stream_mode": "denoise"},
-            },
-        }
-        moves = VARIANTS.get(algorithm, (algorithm,))[0] in NEED_INDEL
-        trajectory = Trajectory(facts["block_size"], len(prompt), moves=moves)
-        given = prompt[len(prompt) - trajectory.given :]
-        with self._open("/generate", body) as reply:
-            frames, texts, output = [trajectory.begin()], dict[int, str](), None
-            yield {"format": FORMAT, **dataclasses.asdict(question), **facts, "algorithm": algorithm}
-            yield {"given": given, **self._shown(frames, given, texts)}
-            for output in outputs(reply):
-                if frames := list(trajectory.take(output)):
-                    yield self._shown(frames, [], texts)
-        if output is None or (meta := output["meta_info"])["finish_reason"] is None:
-            raise ConfigError(f"the server at {self.url} broke off after {trajectory.step} steps")
-        if meta["dllm_steps"] != trajectory.step:
-            raise ConfigError(
-                f"the server at {self.url} told {trajectory.step} of {meta['dllm_steps']} steps; start it without"
-                " --incremental-streaming-output, which leaves the others out"
-            )
-        ended = {"answer": output["text"], "finish": meta["finish_reason"]["type"], "tokens": meta["completion_tokens"]}
-        yield {**ended, "forwards": meta["dllm_nfe"], "steps": meta["dllm_steps"]}
-
-    def _shown(self, frames: list[Frame], given: list[int], texts: dict[int, str]) -> Event:
-        """Frames as an event, with the texts of tokens that `texts` does not have yet, which it has then."""
-        here = [*given, *(token for frame in frames for token in frame.tokens())]
-        new = [token for token in dict.fromkeys(here) if token not in texts]
-        if new:
-            said = self.post("/detokenize", {"tokens": [[token] for token in new], "skip_special_tokens": False})
-            texts.update(zip(new, said["text"], strict=True))
-        return {"frames": [frame.json() for frame in frames], "texts": {str(each): texts[each] for each in new}}
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """A JSON answer to a JSON question."""
-        return self._json(self._open(path, body))
-
-    def _open(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        try:
-            opened: HTTPResponse = urllib.request.urlopen(
-                urllib.request.Request(self.url + path, data, headers), timeout=TIMEOUT
-            )
-            return opened
-        except urllib.error.HTTPError as error:
-            raise ConfigError(f"the server at {self.url} says: {message_of(error.read())}") from error
-        except (OSError, ValueError, HTTPException) as error:
-            raise ConfigError(f"no server answers at {self.url} ({error}); `make serve` starts one") from error
-
-    def _json(self, reply: HTTPResponse) -> Any:
-        with reply:
-            return json.load(reply)
+    Raises:
+        ConfigError: there is no such server, or it refuses, in its own words.
+    """
+    facts = service.facts()
+    algorithm = question.custom_params.get("algorithm", facts["algorithm"])
+    prompt = service.post("/tokenize", {"messages": question.messages})["tokens"]
+    body = {
+        "input_ids": prompt,
+        "stream": True,
+        "sampling_params": {
+            "temperature": question.temperature,
+            "max_new_tokens": question.max_new_tokens,
+            "custom_params": {**question.custom_params, "trace": True, "stream_mode": "denoise"},
+        },
+    }
+    moves = VARIANTS.get(algorithm, (algorithm,))[0] in NEED_INDEL
+    trajectory = Trajectory(facts["block_size"], len(prompt), moves=moves)
+    given = prompt[len(prompt) - trajectory.given :]
+    with service.open("/generate", body) as reply:
+        frames, texts, output = [trajectory.begin()], dict[int, str](), None
+        yield {"format": FORMAT, **dataclasses.asdict(question), **facts, "algorithm": algorithm}
+        yield {"given": given, **shown(service, frames, given, texts)}
+        for output in outputs(reply):
+            if frames := list(trajectory.take(output)):
+                yield shown(service, frames, [], texts)
+    if output is None or (meta := output["meta_info"])["finish_reason"] is None:
+        raise ConfigError(f"the server at {service.url} broke off after {trajectory.step} steps")
+    if meta["dllm_steps"] != trajectory.step:
+        raise ConfigError(
+            f"the server at {service.url} told {trajectory.step} of {meta['dllm_steps']} steps; start it without"
+            " --incremental-streaming-output, which leaves the others out"
+        )
+    ended = {"answer": output["text"], "finish": meta["finish_reason"]["type"], "tokens": meta["completion_tokens"]}
+    yield {**ended, "forwards": meta["dllm_nfe"], "steps": meta["dllm_steps"]}
 
 
-def outputs(reply: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The outputs of a stream of /generate; ConfigError with the server's words if it says that it failed."""
-    for line in reply:
-        if line.startswith(b"data: {"):
-            output = json.loads(line[6:])
-            if "error" in output:
-                raise ConfigError(f"the server says: {message_of(line[6:])}")
-            ended = output["meta_info"]["finish_reason"]
-            if ended is not None and ended["type"] == "abort":
-                raise ConfigError(f"the server says: {ended['message']}")
-            yield output
-
-
-def message_of(said: bytes) -> str:
-    """The sentence in an answer that is an error."""
-    try:
-        error = json.loads(said)
-        error = error.get("error", error)
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, AttributeError):
-        return said.decode(errors="replace")[:300]
+def shown(service: Service, frames: list[Frame], given: list[int], texts: dict[int, str]) -> Event:
+    """Frames as an event, with the texts of tokens that `texts` does not have yet, which it has then."""
+    here = [*given, *(token for frame in frames for token in frame.tokens())]
+    new = [token for token in dict.fromkeys(here) if token not in texts]
+    if new:
+        said = service.post("/detokenize", {"tokens": [[token] for token in new], "skip_special_tokens": False})
+        texts.update(zip(new, said["text"], strict=True))
+    return {"frames": [frame.json() for frame in frames], "texts": {str(each): texts[each] for each in new}}
 
 
 def collected(events: Iterable[Event]) -> Trace:

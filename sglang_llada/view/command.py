@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_llada.errors import ConfigError
-from sglang_llada.view.ask import Question, Service, Trace, collected, load
+from sglang_llada.service import Service
+from sglang_llada.view.ask import Question, Trace, collected, load, put
 from sglang_llada.view.draw import svg
 from sglang_llada.view.gif import gif
 from sglang_llada.view.serve import Viewer, page
 
-__all__ = ["Question", "Service", "collected", "load", "save", "serve"]
+__all__ = ["Question", "collected", "load", "put", "save", "serve"]
 
 
 def as_json(traces: list[Trace]) -> bytes:

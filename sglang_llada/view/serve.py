@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sglang_llada.view.ask import Question, Service, Trace
+from sglang_llada.service import Service
+from sglang_llada.view.ask import Question, Trace, put
 from sglang_llada.view.draw import svg
 
 PAGE = Path(__file__).parent / "page.html"
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     def _ask(self, body: bytes) -> None:
         self._begin(HTTPStatus.OK, "application/x-ndjson")
         try:
-            with closing(self.server.service.ask(Question.read(json.loads(body)))) as events:
+            with closing(put(self.server.service, Question.read(json.loads(body)))) as events:
                 for event in events:
                     self._line(event)
         except ValueError as error:  # ConfigError, and what is no JSON

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sglang_llada.config import DecodeConfig
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from sglang_llada.service import Service
 from sglang_llada.view.ask import Question as Chat
-from sglang_llada.view.ask import Service, collected
+from sglang_llada.view.ask import collected, put
 from sglang_llada.view.draw import svg
 from sglang_llada.view.trajectory import Trajectory
 from tests.host.conftest import NEW_TOKENS, compare, held_out_prompts
@@ -183,7 +184,7 @@ def test_snapshots_explain_every_answer(server: Server, prompts: list[list[int]]
 def test_the_picture_of_the_readme_is_this_checkpoints(server: Server) -> None:
     """But for the bars of confidence, which may differ by a hair from machine to machine."""
     question = [{"role": "user", "content": "Put in order: 31, 15, 50, 33, 64, 21, 20, 25, 21."}]
-    drawn = svg([collected(Service(server.url).ask(Chat(question, {})))])
+    drawn = svg([collected(put(Service(server.url), Chat(question, {})))])
     kept = (ROOT / "docs" / "decode.svg").read_text(encoding="utf-8")
     bars = re.compile(r'<rect fill="#\w+" opacity=".6" [^>]*/>')
     assert bars.sub("", drawn) == bars.sub("", kept) and len(bars.findall(kept)) > 30

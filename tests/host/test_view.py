@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sglang_llada.errors import ConfigError
-from sglang_llada.view.ask import Question, Service, collected
+from sglang_llada.service import Service
+from sglang_llada.view.ask import Question, collected, put
 from sglang_llada.view.serve import Viewer
 from tests.browser import CHROMIUM, chromium
 from tests.host.serving import Server
@@ -19,7 +20,7 @@ QUESTION = [{"role": "user", "content": "List 12 numbers from 26."}]
 
 def test_a_trace_is_the_answer_of_the_chat(server: Server) -> None:
     want = server.post("/v1/chat/completions", {"model": "a", "messages": QUESTION, "temperature": 0}).json()
-    trace = collected(Service(server.url).ask(Question(QUESTION, {"threshold": 0.999, "live_blocks": 2})))
+    trace = collected(put(Service(server.url), Question(QUESTION, {"threshold": 0.999, "live_blocks": 2})))
     assert trace["answer"] == want["choices"][0]["message"]["content"]
     assert trace["algorithm"] == "threshold" and trace["finish"] == "stop"
     cells = {}
@@ -33,9 +34,9 @@ def test_a_trace_is_the_answer_of_the_chat(server: Server) -> None:
 def test_the_server_refuses_in_its_own_words(server: Server) -> None:
     for params, said in (({"threshold": 3}, "threshold is 3; allowed"), ({"algorithm": "levenshtein"}, "levenshtein")):
         with pytest.raises(ConfigError, match=said):
-            list(Service(server.url).ask(Question(QUESTION, params)))
+            list(put(Service(server.url), Question(QUESTION, params)))
     with pytest.raises(ConfigError, match="the server at .* says: "):
-        list(Service(server.url).ask(Question([{"role": "nobody", "content": ""}], {})))
+        list(put(Service(server.url), Question([{"role": "nobody", "content": ""}], {})))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; `apt-get install chromium` brings it")
