@@ -28,7 +28,7 @@ from tests.host.serving import ROOT, Server, serving, tail
 from tests.sizes import size
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llada2"
-PROMPTS, NEW_TOKENS = size(100, 200), 40
+PROMPTS, NEW_TOKENS = size(60, 200), 40
 PATIENCE = 540  # with an example, in seconds
 CLOSE = 1e-4  # a decision this near to another one may go either way in floating point
 

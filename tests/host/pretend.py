@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tests.host import warm
+
 PATIENCE = 280
 HOPPER = (9, 0)
 
@@ -74,10 +76,8 @@ def built(folder: Path, rank: int = 0, ranks: int = 1) -> Any:
 
 def in_a_process(task: Task, folders: list[Path], capability: tuple[int, int] | None) -> list[Any]:
     """What `task`, a function of a module, gives for each folder, where torch has such a device or none."""
-    spawn = multiprocessing.get_context("spawn")
-    receive, send = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=run, args=(task, folders, capability, send), daemon=True)
-    process.start()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = warm.fork(run, (task, folders, capability, send), warm.environment(), warm.BENEATH)
     send.close()
     try:
         return receive.recv()

@@ -77,9 +77,10 @@ def make_runner(rank: int, job: Job) -> Any:
 
 
 def start_rank(rank: int, job: Job) -> BaseProcess:
-    """The process of one rank; a warm one has imported the host before anything could be prepared."""
-    if warm.WARM and job.prepare is None:
-        return warm.fork(run_rank, (rank, job), warm.environment())
+    """The process of one rank; where something is to be prepared, it has not imported the host before."""
+    if warm.WARM:
+        modules = warm.HOST if job.prepare is None else warm.BENEATH
+        return warm.fork(run_rank, (rank, job), warm.environment(), modules)
     process = multiprocessing.get_context("spawn").Process(target=run_rank, args=(rank, job), daemon=True)
     process.start()
     return process

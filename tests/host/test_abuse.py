@@ -50,7 +50,7 @@ def attack(minutes: float, tp: int, folder: Path, *, gaps: bool = True) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hostile_requests_harm_nobody(tmp_path: Path) -> None:
-    attack(size(40, 80) / 60, 1, tmp_path, gaps=False)
+    attack(size(25, 80) / 60, 1, tmp_path, gaps=False)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from tests.host.serving import Server, serving
 pytestmark = pytest.mark.host
 
 # One token a step, so that it runs for a while.
-LONG = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True, "custom_params": {"threshold": 1.0}}
+LONG = {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True, "custom_params": {"threshold": 1.0}}
 
 
 def prompt(i: int) -> list[int]:

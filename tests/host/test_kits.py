@@ -147,7 +147,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # A token a step, so that how long an answer takes hangs on the machine alone.
     preferred = json.dumps({"logit_bias": bias, "custom_params": {"threshold": 1.0}})
     flags = ["--max-running-requests", str(RUNNING), "--preferred-sampling-params", preferred]
-    env = {"SGLANG_REQ_WAITING_TIMEOUT": "0.5", "SGLANG_REQ_RUNNING_TIMEOUT": "20"}
+    env = {"SGLANG_REQ_WAITING_TIMEOUT": "0.5", "SGLANG_REQ_RUNNING_TIMEOUT": "12"}
     with serving(TINY, tmp_path_factory.mktemp("impatient") / "log", *flags, env=env) as running:
         yield running
 

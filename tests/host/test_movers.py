@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from sglang_llada.host.requests import door
 from sglang_llada.host.requests.plain_text import UNSEEN, rename
 from sglang_llada.host.requests.wishes import no_text
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_facts
+from tests.host import warm
 from tests.host.serving import ROOT, Server, events, serving
 
 pytestmark = pytest.mark.host
@@ -95,14 +94,7 @@ def flags(line: str, files: Path) -> list[str]:
 def test_documented_commands_resolve(files: Path) -> None:
     models = [str(ROOT / "examples" / f"tiny-llada2{release}") for release, _ in COMMANDS]
     commands = [["--model-path", model, *flags(line, files)] for model, (_, line) in zip(models, COMMANDS, strict=True)]
-    done = subprocess.run(
-        [sys.executable, "-c", RESOLVE],
-        input=json.dumps(commands),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run_python(["-c", RESOLVE], warm.environment(), ROOT, json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
     assert len(found) == len(COMMANDS)

@@ -19,8 +19,8 @@ from tests.sizes import size
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DEATH_SECONDS = 120
-COUNT = size(50, 100)
-SEEDS = size(32, 64)
+COUNT = size(30, 100)
+SEEDS = size(14, 64)
 LOG_OFTEN = ("--decode-log-interval", "5")
 
 FLAGS = {

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +23,7 @@ from sglang_llada.host.backends import ATTENTION_BACKEND
 from sglang_llada.host.cpu import experts as cpu_experts
 from sglang_llada.host.cpu.platform import CpuPlatform
 from sglang_llada.host.start import devices
+from tests.host import warm
 
 pytestmark = pytest.mark.host
 
@@ -239,15 +237,8 @@ def test_rows_of_one_prompt_need_no_mask() -> None:
 @pytest.mark.slow
 def test_stock_model_gives_the_logits_of_the_reference(tmp_path: Path) -> None:
     """Five blocks of one request in one forward of the host's own class, and what it gives without our experts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.host.stock_logits", str(tmp_path / "checkpoint")],
-        env=os.environ | {"SGLANG_LLADA": "off"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    command = ["-m", "tests.host.stock_logits", str(tmp_path / "checkpoint")]
+    done = warm.run_python(command, warm.environment() | {"SGLANG_LLADA": "off"}, ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     model, backend_name, difference, without = done.stdout.splitlines()[-1].split()
     assert (model, backend_name) == ("sglang.srt.models.llada2", "RowAttention")

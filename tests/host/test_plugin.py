@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from sglang_llada.host.seam import check, install, refuse
 from sglang_llada.llada2.checkpoint import CheckpointFacts, read_config
 from sglang_llada.llada2.config import Llada2Config
 from tests.adapters import fields, write_adapter
+from tests.host import warm
 
 pytestmark = pytest.mark.host
 
@@ -53,14 +51,7 @@ print(json.dumps({
 
 def loaded(mode: str) -> dict[str, Any]:
     """What a fresh process looks like once the host has loaded its plugins."""
-    done = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        env=os.environ | {"SGLANG_LLADA": mode},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = warm.run_python(["-c", REPORT], warm.environment() | {"SGLANG_LLADA": mode}, ROOT)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -150,7 +141,7 @@ AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 )
 def test_whoever_reads_a_refused_checkpoint_ends(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    done = subprocess.run([sys.executable, "-c", REFUSED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = warm.run_python(["-c", REFUSED, str(tmp_path)], warm.environment(), ROOT)
     assert done.stderr.splitlines()[-1:] == ([said] if said else []), done.stderr
     assert done.returncode == (said != "")
 

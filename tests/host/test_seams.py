@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sglang_llada.host.seam import check
 from sglang_llada.host.seam.check import Host
 from sglang_llada.host.seam.releases import NEWEST, RELEASES
 from sglang_llada.host.seam.rows import MISSING, VALUE, Kind, Release, Seam
+from tests.host import warm
 
 pytestmark = pytest.mark.host
 
@@ -402,15 +402,8 @@ def doctored(folder: Path, module: str) -> str:
 
 def on(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the host under a folder."""
-    return subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(HOST_ROOM.parents[1])))},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    paths = os.pathsep.join((str(folder), str(HOST_ROOM.parents[1])))
+    return warm.run_python(list(command), warm.environment() | {"PYTHONPATH": paths}, folder)
 
 
 @pytest.mark.slow

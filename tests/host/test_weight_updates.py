@@ -79,9 +79,9 @@ def test_weights_from_tensors_in_parts(mutable: Server, answers: dict[Path, list
 
 def test_an_update_waits_for_what_runs(mutable: Server, answers: dict[Path, list[Case]]) -> None:
     slow = {"ignore_eos": True, "custom_params": {"threshold": 1.0}}  # a token a step
-    before = mutable.generate(LONG, 300, **slow)["output_ids"]
+    before = mutable.generate(LONG, 120, **slow)["output_ids"]
     with ThreadPoolExecutor(5) as pool:
-        running = [pool.submit(mutable.generate, LONG, 300, **slow) for _ in range(4)]
+        running = [pool.submit(mutable.generate, LONG, 120, **slow) for _ in range(4)]
         while mutable.load()["num_running_reqs"] < 4:
             assert not any(each.done() for each in running), "they did not run together"
         assert pool.submit(from_disk, mutable, OTHER).result().json()["success"]
