@@ -8,7 +8,9 @@ those of the costs below and not of this machine. Ways to decide when the block 
     pace     when no more positions are open than the request's last step decided (what is served)
     always   beside every row, and thrown away until the block before it is done
 
-Tokens a second, forwards a block, share of rows thrown away, and of time in which the device was idle.
+Tokens a second, forwards a block, share of rows thrown away, and of time in which the device was idle. A second table
+has tokens a second where some of 32 requests need the host between their steps: all wait for that, or these requests
+are left out of every other step.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import random
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +30,9 @@ import torch
 from bench.records import new_record
 from bench.step import FirstOpen, as_scheduler, scheduler_with
 from sglang_llada.blocks import Request
+from sglang_llada.host.engine import pipeline
 
+NEED_HOST = (1, 4, 8, 12, 16)  # of 32 requests
 ROWS, PACES, STEPS = (1, 8, 32, 64), (1, 3, 6, 12), 200
 LAUNCH, ROW, READ, BOOK = 1.0, 0.005, 0.05, 0.3  # milliseconds: a graph's launch, a row's host time, a read, booking
 FORWARD = ((1, 4.6), (8, 8.0), (32, 12.0), (64, 15.5), (128, 24.0))  # milliseconds by rows, as measured on an H200
@@ -83,11 +88,16 @@ class Clock:
 
 
 @torch.inference_mode()
-def measure(rows: int, pace: int, way: str) -> dict[str, float]:
-    """One load of so many requests, decided in one way."""
+def measure(rows: int, pace: int, way: str, need_host: int = 0, most_left_out: float = 1) -> dict[str, float]:
+    """One load of so many requests, decided in one way; the share of them that may be left out of a step."""
     rule = WAYS[way]
-    with patch.object(Request, "may_finish_block", property(rule or (lambda request: False))):
+    with (
+        patch.object(Request, "may_finish_block", property(rule or (lambda request: False))),
+        patch.object(pipeline, "LEFT_OUT_SHARE", most_left_out),
+    ):
         scheduler: Any = scheduler_with(rows, Uneven(pace))
+        for request in islice(scheduler.table, need_host):
+            request.needs_host, request.can_defer = True, False
         clock = Clock(scheduler.pipeline.executor)
 
         def book() -> None:
@@ -130,6 +140,12 @@ def main() -> None:
                 for f in found.values()
             )
             print(f"{rows:4} {pace:12}  " + "".join(f"{cell:>34}" for cell in cells), flush=True)
+    print("\nof 32 requests need the host; tokens/step; tokens/s if all wait, if these are left out")
+    for need_host in NEED_HOST:
+        for pace in PACES:
+            wait, left_out = (measure(32, pace, "pace", need_host, share)["tokens_s"] for share in (0, 1))
+            out["summary"][f"{need_host} of 32 need the host, {pace} a step"] = {"wait": wait, "left_out": left_out}
+            print(f"{need_host:4} {pace:12}  {wait:9.0f} {left_out:9.0f}", flush=True)
     print(json.dumps(out))
 
 

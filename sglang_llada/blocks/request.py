@@ -83,6 +83,7 @@ class Request(Generic[P]):
     numbers: Sequence[int] = ()  # what a step must be told of `params`; only kept here
     shaping: Any = None  # what it does to its logits, if anything; only kept here
     plain: bool = True  # whether a step need not look at `params` and `shaping`; only kept here
+    needs_host: bool = False  # whether the host has something to do with its logits between two of its steps
     noted: bool = False  # whether notes are kept on its tokens
     rare_stops: bool = False  # whether it has stop ids that most requests do not have; only kept here
     prefixes: Sequence[int] = ()  # of filling.prefixes(); only kept here
@@ -240,7 +241,7 @@ class Request(Generic[P]):
     @property
     def single(self) -> bool:
         """Whether all that a step must be told of its rows is what the step before made of its one live block."""
-        return self.plain and self.rules.window == self.rules.live_blocks == 1 and self.rules.max_nfe == 0
+        return not self.needs_host and self.rules.window == self.rules.live_blocks == 1 and self.rules.max_nfe == 0
 
     @property
     def may_finish_block(self) -> bool:

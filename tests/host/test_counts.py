@@ -63,7 +63,7 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
                 requests = [a_request(slot, [5, 6, 7], **asked) for slot in range(rows)]
                 steps[case] = step(executor, device, requests, rows, replayed=True)
         requests = [a_request(slot, [5, 6, 7], sampling=SAMPLING) for slot in range(8)]
-        requests[3].shaping, requests[3].plain = Bias(), False
+        requests[3].shaping, requests[3].plain, requests[3].needs_host = Bias(), False, True
         steps[BIASED] = step(executor, device, requests, 8, replayed=True)
         for _ in range(2):
             requests = [a_request(0, [5] * (PROMPT_ROWS * T + 3))]
@@ -109,6 +109,7 @@ def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfi
         fresh=fresh(T, Tokens(MASK)),
         numbers=numbers(params),
         plain=params.plain,
+        needs_host=params.report is not None,
         noted=params.report is not None,
     )
     made.slot = slot

@@ -26,7 +26,7 @@ PARAMS = DecodeConfig.defaults(T, "joint_threshold")
 def request(rid: str, rng: random.Random, *, plain: bool = True) -> Request[DecodeConfig]:
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(0, 20))]
     more: dict[str, Any] = {"fresh": fresh(T, TOKENS), "numbers": numbers(PARAMS), "rules": rng.choice(RULES)}
-    more["plain"] = plain
+    more |= {"plain": plain, "needs_host": not plain}
     return Request(rid, prompt, rng.randint(1, 30), frozenset({EOS}), PARAMS, T, MASK, **more)
 
 

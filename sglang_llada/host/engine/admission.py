@@ -227,6 +227,7 @@ class Admission:
             numbers=numbers(params),
             shaping=shaping,
             plain=params.plain and shaping is None,
+            needs_host=shaping is not None or params.report is not None,
             noted=params.noted,
             rare_stops=not wishes.stop_ids <= self.usual_stops,
             prefixes=prefixes(req.origin_input_ids, self.facts.block_size, cache_key(req)),

@@ -7,6 +7,7 @@ is told to the outside, when the next one is launched and the device works. sche
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from sglang_llada.blocks import Decided, Phase, Plan, Request, Row, RowKind
 from sglang_llada.config import DecodeConfig
@@ -17,6 +18,10 @@ from sglang_llada.host.engine.rows import is_constrained
 from sglang_llada.host.engine.step import Decision, InFlight, StepResult
 from sglang_llada.host.engine.streaming import snapshot_of
 from sglang_llada.host.requests.grammar import conform
+
+# Of the requests that decide. Who is left out gives up half of its steps: with more of them that costs more than it
+# brings to the others (`python -m bench.ahead`).
+LEFT_OUT_SHARE = 1 / 8
 
 
 class Pipeline:
@@ -116,26 +121,40 @@ class Pipeline:
         """Whether something was decided that the outside has not been told of."""
         return bool(self.decided) or self.result is not None
 
-    def rows_ahead(self) -> list[Row] | None:
-        """As rows_ahead(), of the one step in flight; None if there are none, or two."""
-        return rows_ahead(self.flights[0].plan) if len(self.flights) == 1 else None
+    def ahead(self) -> Ahead | None:
+        """As ahead(), of the one step in flight; None if there are none, or two."""
+        return ahead(self.flights[0].plan) if len(self.flights) == 1 else None
 
 
-def rows_ahead(plan: Plan) -> list[Row] | None:
-    """The rows of a step that is not read which the next one has too, and those of blocks that are about to begin.
+class Ahead(NamedTuple):
+    """What is known of the next step before the last one is read.
 
-    None if some request must be read first: one that needs the host between its steps, or has several live blocks.
+    Attributes:
+        rows: those that both have, and those of blocks that are about to begin.
+        left_out: requests whose next rows are not known: with several live blocks, or with something for the host to do
+            between their steps. They have rows in every other step.
     """
+
+    rows: list[Row]
+    left_out: set[Request[DecodeConfig]]
+
+
+def ahead(plan: Plan) -> Ahead | None:
+    """What is known of the step behind one that is not read; None if too many requests would be left out of it."""
     rows: list[Row] = []
+    left_out: set[Request[DecodeConfig]] = set()
+    going_on = 0
     for row in plan.rows:
         request = row.request
         if row.block is None or request.phase is not Phase.DECODING:
             continue
         if not request.single:
-            return None
+            left_out.add(request)
+            continue
         if row.start != request.live_from:
             continue  # sealed by that step, or begun too early in it
+        going_on += 1
         rows.append(row)
         if request.may_finish_block and (block := request.block_after()) is not None:
             rows.append(Row(request, RowKind.DENOISE, block.start, block))
-    return rows
+    return Ahead(rows, left_out) if len(left_out) <= LEFT_OUT_SHARE * (going_on + len(left_out)) else None

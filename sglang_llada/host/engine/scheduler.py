@@ -14,7 +14,8 @@ longer.
 Where all that the next step's rows need lies on the device, it is launched before the last step is read, so that the
 device never waits for the host (`_launch_ahead`). A row whose block the last step finishes is then in the next one,
 with nothing open, and seals the block; the block behind it begins in that same step if its row was added because the
-end was in sight, else one step later. A row that was added too early is thrown away.
+end was in sight, else one step later. A row that was added too early is thrown away. A few requests that need the host
+between their steps are left out of every other one, so that the others need not wait for that.
 
 What goes wrong with one request ends that request (failures.py): everything that is done for one alone is guarded.
 """
@@ -25,6 +26,7 @@ import gc
 import logging
 import os
 import time
+from collections.abc import Collection
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -37,8 +39,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import DynamicGradMode
 
-from sglang_llada.blocks import Phase, Plan, Row, Table, next_step
-from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, read_switch
+from sglang_llada.blocks import Phase, Plan, Request, Row, Table, next_step
+from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
 from sglang_llada.host import earlier
 from sglang_llada.host.engine.admission import Admission
 from sglang_llada.host.engine.booking import Booking
@@ -166,10 +168,10 @@ class LladaScheduler(Scheduler):
         """Launch the next step before the last one is read, if its rows need nothing of that on the host."""
         if not self.runs_ahead or self.attention_ranks > 1:
             return False
-        rows = self.pipeline.rows_ahead()
-        if rows is None:
+        ahead = self.pipeline.ahead()
+        if ahead is None:
             return False
-        plan = self._next_step(rows)
+        plan = self._next_step(ahead.rows, ahead.left_out)
         if not plan.rows or not self.pages.ensure_rows(plan.rows):
             return False
         self._enqueue(plan, [len(plan.rows)])
@@ -205,12 +207,13 @@ class LladaScheduler(Scheduler):
             elif not self.tiers.finish():  # copies to and from host memory hold pages, too
                 self._retract_one()
 
-    def _next_step(self, carried: list[Row]) -> Plan:
-        """As next_step(); a request that stands in its way ends."""
+    def _next_step(self, carried: list[Row], left_out: Collection[Request[DecodeConfig]] = ()) -> Plan:
+        """As next_step(), but for requests that are left out; a request that stands in its way ends."""
         while True:
             carried = [row for row in carried if row.request.phase is Phase.DECODING]
             try:
-                return next_step(self.table, self.row_budget, carried)
+                requests = [each for each in self.table if each not in left_out] if left_out else self.table
+                return next_step(requests, self.row_budget, carried)
             except Exception:
                 if not self.endings.end_contradictory():
                     raise
