@@ -166,9 +166,7 @@ class LladaScheduler(Scheduler):
 
     def _launch_ahead(self) -> bool:
         """Launch the next step before the last one is read, if its rows need nothing of that on the host."""
-        if not self.runs_ahead or self.attention_ranks > 1:
-            return False
-        ahead = self.pipeline.ahead()
+        ahead = self.pipeline.ahead() if self.runs_ahead and self.attention_ranks == 1 else None
         if ahead is None:
             return False
         plan = self._next_step(ahead.rows, ahead.left_out)
