@@ -24,6 +24,7 @@ from bench.curves import Curve, Panel, exponents, plot
 from bench.load import Ask, Reply, closed_loop
 from bench.records import new_record
 from bench.serve import CHECKPOINT, Side, Workload, after, chats
+from sglang_llada.progress import watched
 
 SIDES = ("ours", "like for like")
 AT_ONCE = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -74,7 +75,8 @@ def run_crowds(
         asks = list(islice(chats(tokenizer, seed=count), max(24, 4 * count)))
         chatter = Workload(f"{count} at once", asks, lambda url, asks, n=count: closed_loop(url, asks, n))
         for side, server in servers.items():
-            crowds[side][count] = [crowd(server.run(chatter), count) for _ in range(1 + repeats)][1:]
+            turns = watched(range(1 + repeats), f"{count} at once, {side}", 1 + repeats)
+            crowds[side][count] = [crowd(server.run(chatter), count) for _ in turns][1:]
             print(line(count, side, crowds[side][count]), flush=True)
     return crowds
 
@@ -93,7 +95,8 @@ def run_steps(server: Side, tokenizer: PreTrainedTokenizerFast, contexts: Sequen
         ids = after(tokenizer, context, seed=0)
         # Greedy, so the longer answer's first token comes in the same step; and its context is cached from now on.
         before = int(answer(server, ids, 1).meta["dllm_steps"])
-        runs[context] = [stepping(answer(server, ids, NEW_TOKENS), before) for _ in range(1 + repeats)][1:]
+        turns = watched(range(1 + repeats), f"{context} tokens of context", 1 + repeats)
+        runs[context] = [stepping(answer(server, ids, NEW_TOKENS), before) for _ in turns][1:]
         print(line(context, "ours", runs[context]), flush=True)
     return runs
 

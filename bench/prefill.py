@@ -23,6 +23,7 @@ from bench.curves import Panel, exponents, plot
 from bench.load import Ask, closed_loop
 from bench.records import new_record
 from bench.serve import CHECKPOINT, SIDES, Side, Workload, after
+from sglang_llada.progress import watched
 
 LENGTHS = (256, 1024, 2016, 4096, 8192, 31_744)
 MOST = {"ours": 31_744, "like for like": 8192, "as it comes": 4096}  # tokens of the longest prompt of a side
@@ -81,7 +82,8 @@ def measure(most: dict[str, int], repeats: int) -> dict[str, dict[int, list[Run]
 
 def answers(server: Side, prompt: Workload, warm_ups: int, repeats: int) -> list[Run]:
     """Figures of one prompt, answered again and again."""
-    runs = [server.run(prompt) for _ in range(warm_ups + repeats)][warm_ups:]
+    turns = warm_ups + repeats
+    runs = [server.run(prompt) for _ in watched(range(turns), prompt.name, turns)][warm_ups:]
     return [{"TTFT": run["TTFT p50"], "forwards": run["forwards"], "extra MiB": run["extra MiB"]} for run in runs]
 
 

@@ -28,6 +28,7 @@ from bench.memory import MIB, forget_peak, peak, resident, scheduler_of
 from bench.records import ROOT, new_record
 from bench.timed_server import VARIABLE, totals
 from examples.tiny_llada2.tasks import examples
+from sglang_llada.progress import watched
 from tests.host.conftest import decoded
 from tests.host.serving import serving
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         started = {side: server.started for side, server in servers.items()}
         print("seconds from the command to readiness:", ", ".join(f"{side} {s:.1f}" for side, s in started.items()))
         for workload in chosen:
-            for repeat in range(1 + args.repeats):  # the first one warms up
+            for repeat in watched(range(1 + args.repeats), workload.name, 1 + args.repeats):  # first to warm up
                 for side, server in servers.items():
                     if workload.patient and side == "as it comes":
                         continue

@@ -34,9 +34,10 @@ RULES = {
     "errors": Rule(frozenset()),
     "config": Rule(frozenset({"errors"})),
     "options": Rule(BASE),
+    "progress": Rule(frozenset()),
     "service": Rule(BASE),
     "view": Rule(BASE | {"service"}, frozenset({"PIL"})),  # for GIFs
-    "tune": Rule(BASE | {"service", "options", "view"}),
+    "tune": Rule(BASE | {"progress", "service", "options", "view"}),
     "accelerator": Rule(BASE, frozenset({"torch"})),
     "blocks": Rule(BASE),
     "decode": Rule(BASE, frozenset({"torch", "triton"})),

@@ -30,6 +30,7 @@ from examples.tiny_llada2.tasks import HARD_TASKS, Example
 from examples.tiny_llada2.train import checkpoint_tensors, fuse
 from sglang_llada.llada2.reference import Llada2ForDiffusion
 from sglang_llada.llada2.weights import load_reference
+from sglang_llada.progress import say, watched
 
 CHECKPOINT = Path(__file__).parents[1] / "tiny-llada2"
 NEW_TOKENS = 64
@@ -136,14 +137,14 @@ def train(trainer: Trainer) -> dict[int, float]:
     plan = trainer.plan
     curve = {0: trainer.accuracy()}
     print(f"{plan.task}: {curve[0]:.0%} of {plan.judged} held-out questions", flush=True)
-    for i in range(1, plan.iterations + 1):
+    for i in watched(range(1, plan.iterations + 1), plan.task, plan.iterations):
         begin = time.perf_counter()
         reward, apart = trainer.iterate()
         line = f"{i}: reward {reward:.2f}, {time.perf_counter() - begin:.1f} s, log-probabilities within {apart:.1e}"
         if i % plan.judge_every == 0 or i == plan.iterations:
             curve[i] = trainer.accuracy()
             line += f", held-out {curve[i]:.0%}"
-        print(line, flush=True)
+        say(line)
     return curve
 
 

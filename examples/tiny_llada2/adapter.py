@@ -25,6 +25,7 @@ from examples.tiny_llada2.train import Data, FusedExperts
 from sglang_llada.llada2.adapters import CONFIG_FILE, PREFIX, TARGETS
 from sglang_llada.llada2.reference import MoE
 from sglang_llada.llada2.weights import load_reference
+from sglang_llada.progress import say, watched
 
 CHECKPOINT = Path("examples/tiny-llada2")
 RATE = 4e-3
@@ -92,7 +93,8 @@ def main() -> None:
     data = Data(tokenizer, model.config, *ids, args.seed, repairs=False)
     data.source = sources(args.task, args.seed)
     losses = []
-    for step, batch in zip(range(args.steps), data.batches(args.tokens), strict=False):
+    steps = watched(range(args.steps), "steps", args.steps)
+    for step, batch in zip(steps, data.batches(args.tokens), strict=False):
         adam.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 50, (args.steps - step) / args.steps / 0.4)
         at = batch.hidden(ids[0])
         out = model.hidden(batch.ids, batch.positions, batch.mask)[at]
@@ -102,7 +104,7 @@ def main() -> None:
         adam.step()
         losses.append(loss.item())
         if step % 50 == 49:
-            print(f"step {step + 1} loss {sum(losses[-50:]) / 50:.4f}", flush=True)
+            say(f"step {step + 1} loss {sum(losses[-50:]) / 50:.4f}")
     save(args.out, adapted, args.rank)
 
 

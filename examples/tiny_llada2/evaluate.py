@@ -28,6 +28,7 @@ from sglang_llada.config import DecodeConfig
 from sglang_llada.llada2.checkpoint import read_facts
 from sglang_llada.llada2.editing import generate_as
 from sglang_llada.llada2.weights import load_reference
+from sglang_llada.progress import watched
 
 CHECKPOINT = Path(__file__).parents[1] / "tiny-llada2"
 NEW_TOKENS = 128
@@ -101,7 +102,7 @@ def evaluate(
         return tokenizer.decode(out.token_ids, skip_special_tokens=True) == example.answer, out
 
     with ThreadPoolExecutor(at_once) as pool:
-        results = list(pool.map(one, chosen))
+        results = list(watched(pool.map(one, chosen), json.dumps(params), len(chosen)))
     grouped: dict[str, list[tuple[bool, Answer]]] = defaultdict(list)
     for example, result in zip(chosen, results, strict=True):
         grouped[example.task].append(result)

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_llada.config import VARIANTS
 from sglang_llada.errors import ConfigError
+from sglang_llada.progress import counter
 from sglang_llada.service import Service
 from sglang_llada.tune.drive import Ask, Driver, Reply, Setting
 from sglang_llada.tune.figures import Figures, figures, name_of, table, unbeaten
@@ -69,25 +70,16 @@ def measured(driver: Driver, plan: Plan) -> Iterator[Figures]:
     asks = [driver.ask_of(prompt, plan.max_tokens) for prompt in plan.prompts]
     for setting in plan.settings:
         driver.answer(Ask(asks[0].prompt, 1), setting)
-    driver.answers([Ask(ask.prompt, 1) for ask in asks], {}, max(plan.at_once), progress("prompts read", len(asks)))
+    driver.answers([Ask(ask.prompt, 1) for ask in asks], {}, max(plan.at_once), counter("prompts read", len(asks)))
     careful: list[Reply] = []
     for at_once in plan.at_once:
         for setting in plan.settings:
-            said = progress(f"{name_of(setting)}, {at_once} at once", len(asks))
+            said = counter(f"{name_of(setting)}, {at_once} at once", len(asks))
             began = time.perf_counter()
             replies = driver.answers(asks, setting, at_once, said)
             seconds = time.perf_counter() - began
             careful = careful or replies
             yield figures(setting, at_once, plan.prompts, replies, careful, seconds)
-
-
-def progress(what: str, of: int) -> Callable[[int], None]:
-    """Says on a terminal how many there are, in a line that goes with the last one."""
-
-    def say(count: int) -> None:
-        print(f"\r\x1b[K{what}: {count} of {of}" if count < of else "\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    return say if sys.stderr.isatty() else lambda count: None
 
 
 def tune(service: Service, plan: Plan, save: Path | None, as_json: bool) -> bool:
