@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sglang.srt import plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 VARIABLE = "BENCH_FORWARDS"
@@ -53,6 +54,8 @@ if VARIABLE in os.environ:
     TOTALS = totals(Path(os.environ[VARIABLE]))
     HookRegistry.register(FORWARD, timed_forward, HookType.AROUND)
     HookRegistry.register(HEAD, timed_head, HookType.AROUND)
+    if plugins._plugins_loaded:  # in a process that was forked from one that has imported the host
+        HookRegistry.apply_hooks()
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

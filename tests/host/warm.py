@@ -71,6 +71,7 @@ def environment() -> dict[str, str]:
 
 
 READ_LATER = {  # than by imports, or taken by take_environment
+    "BENCH_FORWARDS",
     "FAULTS",
     "OMP_NUM_THREADS",
     "PYTHONPATH",
