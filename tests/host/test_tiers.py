@@ -15,14 +15,15 @@ import requests
 
 from sglang_llada.blocks import Phase, Request, Table
 from sglang_llada.config import REPLAY_VARIABLE
-from tests.host.conftest import TINY, Case, compare
+from tests.host.conftest import TINY, Case, compare, decoded
 from tests.host.late import LONG_TURNS, MANY
-from tests.host.serving import Server, each_event, serving
+from tests.host.serving import ROOT, Server, each_event, serving
 from tests.sizes import size
 
 pytestmark = pytest.mark.host
 
 LATE = "tests.host.late"  # a server whose copies take time
+FURTHER = ROOT / "examples" / "tiny-llada2.1"  # the same network, trained further
 T = 32
 POOL = 2048  # positions on the device
 FLAGS = ["--enable-cache-report", "--enable-metrics", "--max-total-tokens", str(POOL)]
@@ -234,6 +235,39 @@ def test_kv_in_files_outlives_the_server(
         print(from_files, "of", whole_blocks(working_set))
         assert from_files > 0.9 * whole_blocks(working_set)
         server.flush()
+
+
+@pytest.mark.parametrize("late", ["write-through"], indirect=True)
+def test_kv_in_files_is_that_of_the_weights_it_was_computed_with(late: Server, working_set: list[Case]) -> None:
+    """Other weights find none of it, nor what was computed while KV was kept over an update; the same ones find it."""
+
+    def update(folder: Path) -> None:
+        late.flush()  # waits for copies on their way, which hold the cache
+        change(folder, flush=True)
+
+    def change(folder: Path, *, flush: bool) -> None:
+        reply = late.post("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": flush})
+        assert reply.json()["success"], reply.text
+
+    def from_files(cases: list[Case], how: str) -> int:
+        return sum(each.get("storage", 0) for each in ask_all(late, cases, how))
+
+    mine = sorted(working_set, key=lambda case: len(case.prompt))[:2]
+    new = mine[0].prompt[1:]  # no block of which was ever computed
+    others, [later] = decoded([case.prompt for case in mine], folder=FURTHER), decoded([new])
+    ask_all(late, mine, "to be kept")
+    late.flush()
+    assert from_files(mine, "from files") > 0.9 * whole_blocks(mine)
+    update(FURTHER)
+    assert from_files(others, "other weights") == 0
+    late.flush()
+    assert from_files(others, "other weights, from files") > 0.9 * whole_blocks(mine)
+    update(TINY)
+    late.generate(new[: len(new) // 2], 1)
+    change(FURTHER, flush=False)
+    late.generate(new, 1)  # its second half with other weights than its first
+    update(TINY)
+    assert from_files([later], "the first weights again") < 0.6 * len(new)
 
 
 def test_running_requests_go_on_while_another_one_loads(late: Server, working_set: list[Case]) -> None:

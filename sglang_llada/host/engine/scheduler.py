@@ -8,8 +8,7 @@ that hold KV, so that the host's own checks and reports see them.
 One turn of the loop: take in requests and admit them (the device may still be busy with the last step), read the last
 step, take those of its decisions that the next one's rows depend on, launch that, and only then take the others and
 book what was decided (finish states, stop strings, streaming, radix insertion), while the device works. Where the
-device is the CPU itself, booking comes before the launch, since nothing overlaps and the client would wait a step
-longer.
+device is the CPU itself, booking comes before the launch, since nothing overlaps and the client would wait.
 
 Where all that the next step's rows need lies on the device, it is launched before the last step is read, so that the
 device never waits for the host (`_launch_ahead`). A row whose block the last step finishes is then in the next one,
@@ -51,6 +50,7 @@ from sglang_llada.host.engine.metrics import Metrics
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
 from sglang_llada.host.engine.ranks import naming_a_loss, rows_of_ranks
+from sglang_llada.host.engine.storage import name_weights
 from sglang_llada.host.engine.streaming import LladaOutputStreamer
 from sglang_llada.host.engine.tiers import Tiers
 from sglang_llada.host.facts import decode_config, facts_of, is_ours, row_budget
@@ -107,6 +107,7 @@ class LladaScheduler(Scheduler):
             defaults=defaults,
             usual_stops=usual_stops,
         )
+        name_weights(self)
         logger.info(
             "block rows: block %d, mask id %d, stop ids %s, at most %d rows a forward, %s",
             *(facts.block_size, facts.mask_id, sorted(facts.stop_ids), self.row_budget, defaults),

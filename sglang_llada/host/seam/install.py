@@ -49,6 +49,7 @@ def install(mode: Mode) -> None:
         replace_parsers()
         hook_grammars()
         replace_adapters()
+        hook_storage()
         replace_scheduler()
         hook_graphs(replays)
 
@@ -127,8 +128,7 @@ def prepare_cpu() -> bool:
     cpu_experts.install()
     invariant.install()
     transfers.install()
-    replays: bool = current_platform.replays
-    return replays
+    return bool(current_platform.replays)
 
 
 def hook_model_class() -> None:
@@ -258,6 +258,19 @@ def replace_adapters() -> None:
     from sglang_llada.host.models.adapters import RowAdapters
 
     HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager", RowAdapters, HookType.REPLACE)
+
+
+def hook_storage() -> None:
+    """KV in files is that of certain weights."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_llada.host.engine import storage
+
+    file = "sglang.srt.mem_cache.hicache_storage.HiCacheFile._get_suffixed_key"
+    HookRegistry.register(file, storage.file_name, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.flush_cache", storage.name_anew, HookType.AFTER)
+    manager = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    HookRegistry.register(f"{manager}.flush_cache_after_weight_update", storage.forget_weights, HookType.AROUND)
 
 
 def replace_scheduler() -> None:

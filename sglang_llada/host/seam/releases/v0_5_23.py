@@ -21,6 +21,7 @@ ADAPTERS = "the host prepares adapters for rows, and knows the modules of LLaDA2
 OWN_MODEL = "the host's model class gives hidden states and checks its weights"
 STEP_MAPS_API = "the host takes return_step_maps"
 PROFILES = "the host goes on after a profile that fails"
+WEIGHTS = "the host keeps KV in storage apart by weights"
 TIERS = "the host keeps its hierarchical cache with diffusion models, and its scheduler is ours no longer"
 BOUNDED = "the host bounds every field of a request before it uses it"
 DRAINS = "the host refuses new requests while it shuts down, and waits for its answers to be written"
@@ -109,6 +110,13 @@ SEAMS: tuple[Seam, ...] = (
             "loads on their way", TIERS),
     *fields("sglang.srt.managers.cache_controller:HiCacheAck", "finish_event",
             "the end of one", TIERS),
+    Seam("sglang.srt.mem_cache.hicache_storage:HiCacheFile._get_suffixed_key", Kind.HOOK, "(self, key)",
+         "the name of a file of KV, in which weights have theirs", WEIGHTS),
+    Seam("sglang.srt.managers.scheduler_components.weight_updater:"
+         "SchedulerWeightUpdaterManager.flush_cache_after_weight_update", Kind.HOOK,
+         "(self, recv_req, success, message)", "other weights have another name", WEIGHTS),
+    Seam("sglang.srt.managers.scheduler:Scheduler.flush_cache", Kind.HOOK, "(self, empty_cache)",
+         "no KV of other weights is left but in storage", WEIGHTS),
     Seam("sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.observe_storage_prefetch_ready", Kind.USE,
          "(self, ready)", "how long storage was waited for", TIERS),
     Seam("sglang.srt.managers.schedule_batch:Req.materialized_host_hit_len", Kind.USE, "(self)",
