@@ -32,10 +32,15 @@ FLAGS = {
 MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "20", "--expert-distribution-recorder-buffer-size", "20")
 
 
-def test_two_ranks_with_requests_of_their_own_answer_as_one(cases: list[Case], tmp_path: Path) -> None:
-    with serving(TINY, tmp_path / "log", *FLAGS["attention"], *LOG_OFTEN) as server:
-        replayed, _ = answer_as_one(server, cases, "attention")
-    assert replayed == 0
+@pytest.mark.parametrize("replay", [pytest.param("0", marks=pytest.mark.long), "1"])
+def test_two_ranks_with_requests_of_their_own_answer_as_one(cases: list[Case], replay: str, tmp_path: Path) -> None:
+    """Each has its own rows, or none, while both replay the size that the one with more needs."""
+    env = {"SGLANG_LLADA_REPLAY": replay}
+    with serving(TINY, tmp_path / "log", *FLAGS["attention"], *LOG_OFTEN, env=env) as server:
+        alone = server.generate_all([case.prompt for case in cases[:4]], NEW_TOKENS, 1)
+        replayed, eager = answer_as_one(server, cases, f"attention, replay {replay}")
+    compare(cases[:4], alone, "attention, one at a time", most_close=0.5)
+    assert (replayed > eager) is (replay == "1")
 
 
 def answer_as_one(server: Server, cases: list[Case], how: str) -> tuple[int, int]:

@@ -498,16 +498,6 @@ def test_few_graphs_are_captured_on_the_cpu(arguments: Any, llada2: str) -> None
     assert args.cuda_graph_bs_decode == [1, 2, 4, 8, 16, 20]
 
 
-def test_graphs_on_the_cpu_and_dp_attention_are_refused_together(
-    arguments: Any, llada2: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {"model_path": llada2, "device": "cpu", "tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
-    filled(arguments, Mode.ON, **given)
-    monkeypatch.setenv("SGLANG_LLADA_REPLAY", "1")
-    with pytest.raises(ConfigError, match="SGLANG_LLADA_REPLAY is '1'"):
-        filled(arguments, Mode.ON, **given)
-
-
 def test_prefill_graphs_of_a_configuration_are_refused_too(arguments: Any, llada2: str) -> None:
     with pytest.raises(ConfigError, match="CUDA graphs of prefills"):
         filled(arguments, Mode.ON, model_path=llada2, cuda_graph_config={"prefill": {"backend": "full"}})

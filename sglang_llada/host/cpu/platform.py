@@ -76,11 +76,17 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         attention.register()
         adapters.register()
-        # The host has torch code for both, which it takes on its own CPU engine only.
+        # The host has torch code for these, which it takes on its own CPU engine only.
         dp_attention.memcpy_func = kernel(dp_attention.memcpy_cpu)
         forward_batch_info._is_cpu = True
+        parallel_state._is_cpu = True
         if self.replays:  # the host would capture and replay diffusion rows on devices only
             parallel_state.get_current_device_stream_fast = torch.cpu.current_stream
+            group = (
+                parallel_state.GroupCoordinator
+            )  # whose collectives are one kernel each, whatever gloo makes of them
+            group._all_gather_into_tensor = kernel(group._all_gather_into_tensor)
+            group._reduce_scatter_tensor = kernel(group._reduce_scatter_tensor)
             forward_batch_info.ForwardMode.is_cpu_graph = forward_batch_info.ForwardMode.is_cuda_graph
 
     def post_load_model(self, model: Any) -> None:

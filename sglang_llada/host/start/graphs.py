@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS, REPLAY_VARIABLE, read_switch
-from sglang_llada.errors import ConfigError
-from sglang_llada.host.facts import attention_dp, row_budget
+from sglang_llada.config import DEFAULT_MAX_RUNNING_REQUESTS
+from sglang_llada.host.facts import row_budget
 
 
 def graph_options(args: Any, block_size: int) -> dict[str, Any]:
@@ -17,8 +15,6 @@ def graph_options(args: Any, block_size: int) -> dict[str, Any]:
     The host would stop at one row for each. Its graphs of prefills are off: they are made for causal prefills.
     """
     chosen: dict[str, Any] = {"disable_prefill_cuda_graph": True}
-    if args.device == "cpu" and read_switch(os.environ, REPLAY_VARIABLE, default=False) and attention_dp(args):
-        raise ConfigError(f"{REPLAY_VARIABLE} is '1', and the host cannot capture DP attention on the CPU")
     if args.cuda_graph_bs_decode or args.cuda_graph_max_bs_decode or args.cuda_graph_config:
         return chosen
     running = args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
