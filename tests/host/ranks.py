@@ -7,7 +7,6 @@ a scheduler runs, from the plugin's entry point to the model runner.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -78,12 +77,8 @@ def make_runner(rank: int, job: Job) -> Any:
 
 def start_rank(rank: int, job: Job) -> BaseProcess:
     """The process of one rank; where something is to be prepared, it has not imported the host before."""
-    if warm.WARM:
-        modules = warm.HOST if job.prepare is None else warm.BENEATH
-        return warm.fork(run_rank, (rank, job), warm.environment(), modules)
-    process = multiprocessing.get_context("spawn").Process(target=run_rank, args=(rank, job), daemon=True)
-    process.start()
-    return process
+    modules = warm.HOST if job.prepare is None else warm.BENEATH
+    return warm.fork(run_rank, (rank, job), warm.environment(), modules)
 
 
 def run_ranks(

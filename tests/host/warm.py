@@ -4,8 +4,9 @@ An import of the host takes 16 s, 10 of them for packages beneath it, and a serv
 import it. So a test run has a fork server (the standard library's) that has imported those packages, and forks from it
 one for each set of variables that the host's imports may read, which all test processes of the run share. A process
 takes its own environment before it does anything. Inside a server the host forks its processes where it would spawn
-them; all else is the plain command's, whose `main` runs. With TEST_SERVERS=cold every server is started by the plain
-command, and ranks are spawned.
+them; all else is the plain command's, whose `main` runs. With TEST_SERVERS=cold, and where there is an accelerator,
+which no process may have begun to use that is forked, every server is started by the plain command, and ranks are
+spawned.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +38,7 @@ import uvicorn._subprocess
 COMMAND = "sglang.launch_server"
 PATIENCE = 200  # with a command, in seconds
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-WARM = os.environ.get("TEST_SERVERS") != "cold"
+WARM = os.environ.get("TEST_SERVERS") != "cold" and not torch.cuda.is_available()
 # What the host imports of others.
 BENEATH = (
     "torch",
@@ -139,11 +141,15 @@ def serve_forks(listener: socket.socket, modules: tuple[str, ...], run: int) -> 
 
 def fork(
     target: Callable[..., None], args: tuple[Any, ...], variables: dict[str, str], modules: tuple[str, ...] = HOST
-) -> ForkServerProcess:
+) -> BaseProcess:
     """A function of a module, called in a process of its own whose environment is these variables.
 
     It has imported HOST, or only BENEATH.
     """
+    if not WARM:
+        spawned = multiprocessing.get_context("spawn").Process(target=begin, args=(variables, target, args))
+        spawned.start()
+        return spawned
     process: ForkServerProcess = ForkServerContext().Process(target=begin, args=(variables, target, args))
     later = {*READ_LATER, *(name for name in variables if modules == BENEATH and name.startswith("SGLANG"))}
     server = fork_server(modules, frozenset(item for item in variables.items() if item[0] not in later))
@@ -226,8 +232,9 @@ def serve(words: list[str], out: Path, errors: Path, folder: Path, stdin: Path =
         os.dup2(os.open(path, flags), stream)
     sys.stdin = os.fdopen(0)
     os.register_at_fork(after_in_child=take_environment)
-    uvicorn._subprocess.spawn = multiprocessing.get_context("fork")
-    multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
+    if WARM:
+        uvicorn._subprocess.spawn = multiprocessing.get_context("fork")
+        multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
     kind, what, *args = words
     sys.argv = [what if kind == "-m" else kind, *args]
     if kind == "-m":
