@@ -88,31 +88,29 @@ def lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lines]:
     return write(tmp_path_factory.mktemp("gsm8k") / "test.jsonl", lines), lines
 
 
-def prompts_of(lines: Lines) -> list[str]:
-    """What GSM8K's evaluators ask, with one example."""
-    from sglang.test.simple_eval_mixed_prefix_gsm8k import get_few_shot_examples, get_one_example
-
-    return [get_few_shot_examples(lines, 1) + get_one_example(lines, n, False) for n in range(len(lines))]
-
-
-@pytest.mark.parametrize("api", ["chat", "completion", "generate"])
-def test_run_eval(server: Server, lists: tuple[Path, Lines], api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "api"),
+    [("gsm8k", "chat"), ("gsm8k", "completion"), ("gsm8k", "generate"), ("mixed_prefix_gsm8k", "generate")],
+)
+def test_run_eval(
+    server: Server, lists: tuple[Path, Lines], name: str, api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one example before each question; the mixed ones have none to three, some of which were asked before."""
     from sglang.test.run_eval import run_eval_once
-    from sglang.test.simple_eval_mixed_prefix_gsm8k import GSM8KEval, get_answer_value
+    from sglang.test.simple_eval_mixed_prefix_gsm8k import GSM8KEval, MixedPrefixGSM8KEval, get_answer_value
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     file, lines = lists
-    evaluation = GSM8KEval(num_threads=4, num_shots=1, data_path=str(file))
-    result, *_ = run_eval_once(Namespace(api=api, max_tokens=NEW_TOKENS), server.url + "/v1", evaluation)
-    got = [conversation[-1]["content"] for conversation in result.convos]
-    prompts = prompts_of(lines)[1:]
-    if api == "chat":
-        want = [answer_of(TINY, reference_of(TINY).filled(prompt)) for prompt in prompts]
+    if name == "gsm8k":
+        evaluation = GSM8KEval(num_threads=4, num_shots=1, data_path=str(file))
     else:
-        want = [answer_of(TINY, prompt, STOPS) for prompt in prompts]
-    judged(want, got)
-    right = [get_answer_value(text) == int(line["answer"]) for text, line in zip(got, lines[1:], strict=True)]
-    print(f"{api}: {sum(right)} of {len(right)}")
+        evaluation = MixedPrefixGSM8KEval(None, 4, num_shots=1, secondary_pool_size=2, data_path=str(file), seed=0)
+    result, *_ = run_eval_once(Namespace(api=api, max_tokens=NEW_TOKENS), server.url + "/v1", evaluation)
+    prompts, got = ([conversation[at]["content"] for conversation in result.convos] for at in (0, -1))
+    filled, stops = (reference_of(TINY).filled, ()) if api == "chat" else (str, STOPS)
+    judged([answer_of(TINY, filled(prompt), stops) for prompt in prompts], got)
+    right = [get_answer_value(text) == int(line["answer"]) for text, line in zip(got, lines[-len(got) :], strict=True)]
+    print(f"{name}, {api}: {sum(right)} of {len(right)}")
     assert result.score == sum(right) / len(right)
 
 
@@ -121,13 +119,15 @@ def test_few_shot_gsm8k(
 ) -> None:
     """The same through the host's language of prompts (`sgl.gen`), which stops at strings."""
     from sglang.test import few_shot_gsm8k
+    from sglang.test.few_shot_gsm8k import get_few_shot_examples, get_one_example
 
     monkeypatch.chdir(tmp_path)  # where it leaves what it was told
     file, lines = lists
     host, _, port = server.url.removeprefix("http://").partition(":")
     numbers = {"num_shots": 1, "num_questions": 100, "max_new_tokens": NEW_TOKENS, "parallel": 4}
     seen = few_shot_gsm8k.run_eval(Namespace(data_path=str(file), host=host, port=int(port), **numbers))
-    want = [answer_of(TINY, prompt, STOPS) for prompt in prompts_of(lines)]
+    prompts = [get_few_shot_examples(lines, 1) + get_one_example(lines, n, False) for n in range(len(lines))]
+    want = [answer_of(TINY, prompt, STOPS) for prompt in prompts]
     right = [
         few_shot_gsm8k.get_answer_value(text or "") == int(line["answer"])
         for text, line in zip(want, lines, strict=True)
@@ -218,19 +218,21 @@ def test_lm_eval(evaluators: Path, asked: tuple[Server, Path, Lines], api: str, 
 @pytest.mark.long
 def test_sgl_eval(evaluators: Path, asked: tuple[Server, Path, Lines], tmp_path: Path) -> None:
     server, folder, lines = asked
-    lines = [line for line in lines if line["answer"].isdigit()]
-    data = [{"id": n, "problem": line["question"], "expected_answer": line["answer"]} for n, line in enumerate(lines)]
+    told = [(line["question"], line["answer"]) for line in lines if line["answer"].isdigit()]
+    data = [
+        {"id": str(n), "problem": question, "expected_answer": "99999" if n % 4 == 3 else answer}
+        for n, (question, answer) in enumerate(told)
+    ]
     file, prompt = write(tmp_path / "questions.jsonl", data), tmp_path / "plain.yaml"
     prompt.write_text(PLAIN)
     args = ["--base-url", server.url + "/v1", "--from-dataset", file, "--prompt", prompt, "--out-dir", tmp_path / "out"]
     command(tmp_path, evaluators / "sgl-eval", "run", "gsm8k", *args, "--num-threads", "8")
     [samples] = tmp_path.glob("out/*/output*.jsonl")
-    found = map(json.loads, samples.read_text().splitlines())
-    said = {int(str(each["id"]).split("-")[-1]): each["generation"] for each in found}  # 0, or "custom-0"
+    said = {each["id"]: each["generation"] for each in map(json.loads, samples.read_text().splitlines())}
     reference = reference_of(folder)
     judged([answer_of(folder, reference.filled(each["problem"])) for each in data], [said[each["id"]] for each in data])
     right = sum(said[each["id"]] == each["expected_answer"] for each in data)
     [metrics] = tmp_path.glob("out/*/metrics.json")
     score = json.loads(metrics.read_text())["aggregate"]["score"]
     print(f"{folder.name}: {score}, {right} of {len(data)}")
-    assert score == right / len(data) > 0.7
+    assert score == right / len(data) > 0.6
