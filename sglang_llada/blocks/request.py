@@ -89,6 +89,7 @@ class Request(Generic[P]):
     prefixes: Sequence[int] = ()  # of filling.prefixes(); only kept here
     adapter: str | None = None  # whose additions to the weights its rows run with; only kept here
     shown: list[Any] = field(default_factory=list)  # what is to be shown of its steps; only kept here
+    told: Any = None  # what traces were told of it; only kept here
     # Whether the next step's rows are known before a step's decisions are taken, unless those finish the live block or
     # hold a stop token: there is just the one, and it does not hold the last allowed token. Written by _open_block().
     can_defer: bool = False

@@ -29,6 +29,7 @@ from tests.sizes import size
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llada2"
 PROMPTS, NEW_TOKENS = size(60, 200), 40
+REQUESTS = "requests"  # where the server writes what each request took, beside its log
 PATIENCE = 540  # with an example, in seconds
 CLOSE = 1e-4  # a decision this near to another one may go either way in floating point
 
@@ -150,6 +151,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--enable-cache-report", "--enable-custom-logit-processor", "--enable-metrics"]
     flags.append("--constrained-json-disable-any-whitespace")  # with which so small a model likes to fill answers
+    flags += ["--export-metrics-to-file", "--export-metrics-to-file-dir", str(log.parent / REQUESTS)]
     with serving(TINY, log, *flags) as running:
         yield running
 

@@ -272,5 +272,6 @@ class Admission:
     def finish_unadmitted(self, req: Any) -> None:
         """Answer a request that ends in the queue: refused by the host, or aborted after a retraction."""
         self.host._release_aborted_request(req)
+        req.time_stats.set_completion_time()
         req.update_finish_state(0)
         self.booking.send([req])

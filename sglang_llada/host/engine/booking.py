@@ -1,10 +1,12 @@
-"""What the outside hears of decisions: finish states, streams, log-probabilities, metrics, the log."""
+"""What the outside hears of decisions: finish states, streams, log-probabilities, metrics, traces, the log."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, FINISH_MATCHED_TOKEN
+from sglang.srt.observability.trace import get_global_tracing_enabled
 
 from sglang_llada.blocks import Ending, Phase, Table
 from sglang_llada.errors import ConfigError, IntegrityError
@@ -13,6 +15,7 @@ from sglang_llada.host.engine.failures import Failures, log
 from sglang_llada.host.engine.metrics import Metrics
 from sglang_llada.host.engine.pages import Pages
 from sglang_llada.host.engine.pipeline import Pipeline
+from sglang_llada.host.engine.stages import Stages
 from sglang_llada.host.engine.step import InFlight
 from sglang_llada.host.engine.streaming import book_logprobs, book_prompt_logprobs
 
@@ -37,6 +40,7 @@ class Booking:
     ) -> None:
         self.host, self.table, self.pages, self.pipeline = host, table, pages, pipeline
         self.failures, self.endings, self.metrics = failures, endings, metrics
+        self.stages = Stages(pages.reqs) if get_global_tracing_enabled() else None
         self.replayed = self.eager = 0
 
     def book(self) -> None:
@@ -50,8 +54,12 @@ class Booking:
                 new = request.output[len(req.output_ids) :]
                 if req.return_logprob:
                     book_logprobs(req, new, request.notes[len(req.output_ids) :])
+                if new and not req.output_ids:
+                    req.time_stats.prefill_finished_time = time.perf_counter()  # the first token, by the host's account
                 req.output_ids.extend(new)
                 news[req.rid] = len(new)
+                if self.stages is not None:
+                    self.stages.decided(req, request)
             except Exception as error:
                 self.failures.note(request.rid, error)
         changed = {}
@@ -104,6 +112,8 @@ class Booking:
         for req in ended:
             self.pages.release(req)
             try:
+                if self.stages is not None:
+                    self.stages.decided(req, self.table[req.rid], ended=True)
                 req.time_stats.set_completion_time()
                 if self.metrics is not None:
                     self.metrics.ended(self.table[req.rid], len(req.output_ids_through_stop))
@@ -135,11 +145,13 @@ class Booking:
         self.host.load_publisher.publish_load_stat(self.host.load_inquirer.get_loads, force=False, snapshot=snapshot)
 
     def count_step(self, step: InFlight) -> None:
-        """Steps that a CUDA graph ran, and others, for the log line and the metrics."""
+        """Steps that a CUDA graph ran, and others, for the log line, the metrics and the traces."""
         if step.replayed:
             self.replayed += 1
         else:
             self.eager += 1
+        if self.stages is not None:
+            self.stages.launched(step.plan)
         if self.metrics is not None:
             self.host.metrics_collector.increment_decode_cuda_graph_pass(value=step.replayed)
             self.metrics.step(step.plan, replayed=step.replayed)

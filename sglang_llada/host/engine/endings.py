@@ -78,6 +78,11 @@ class Endings:
                 self.failures.note(rid, IntegrityError(what))
         return bool(found)
 
+    def answer_given_up(self, req: Any, reason: dict[str, Any] | None) -> None:
+        """Answer a request that is given up in the queue."""
+        req.time_stats.set_completion_time()
+        earlier.send_abort_output(self.host, AbortReq(rid=req.rid, finished_reason=reason), req)
+
     def answer_failed(self, req: Any, reason: FINISH_ABORT) -> None:
         """Answer a request, or what was received of it, of which there is no output to send."""
         earlier.send_abort_output(self.host, AbortReq(rid=req.rid, finished_reason=reason.to_json()), req)

@@ -31,7 +31,6 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.environ import envs
-from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -40,7 +39,6 @@ from sglang.srt.utils import DynamicGradMode
 
 from sglang_llada.blocks import Phase, Plan, Request, Row, Table, next_step
 from sglang_llada.config import AHEAD_VARIABLE, REPLAY_VARIABLE, DecodeConfig, read_switch
-from sglang_llada.host import earlier
 from sglang_llada.host.engine.admission import Admission
 from sglang_llada.host.engine.booking import Booking
 from sglang_llada.host.engine.endings import Endings
@@ -244,7 +242,7 @@ class LladaScheduler(Scheduler):
         for req in [req for req in self.waiting_queue if req.rid == recv_req.rid]:
             self.waiting_queue.remove(req)
             self._release_aborted_request(req)
-            earlier.send_abort_output(self, AbortReq(rid=req.rid, finished_reason=recv_req.finished_reason), req)
+            self.endings.answer_given_up(req, recv_req.finished_reason)
         status = HTTPStatus.SERVICE_UNAVAILABLE if recv_req.abort_message else None  # of one that took too long
         for req in (*self.grammar_manager.grammar_queue, *self.running_batch.reqs):
             if req.rid == recv_req.rid and not req.finished():
