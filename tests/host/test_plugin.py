@@ -359,6 +359,7 @@ def test_a_model_that_cannot_be_read_is_left_to_the_host(
 
 ASKING = {
     "--pp-size above 1": {"pp_size": 2},
+    "--attn-cp-size or --dcp-size above 1": {"tp_size": 2, "attn_cp_size": 2},
     "--disaggregation-mode": {"disaggregation_mode": "prefill"},
     "--speculative-algorithm": {"speculative_algorithm": "EAGLE"},
     "--enable-lora with --enable-dp-attention": {

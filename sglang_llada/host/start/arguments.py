@@ -72,6 +72,7 @@ AS_IT_IS = "leave it out"
 # The host would turn most of these off with a warning. Fields are those of its ServerArgs.
 REFUSALS = (
     Refusal("--pp-size above 1", "--tp-size and --ep-size", lambda a: a.pp_size > 1),
+    Refusal("--attn-cp-size or --dcp-size above 1", "--tp-size", lambda a: max(a.attn_cp_size, a.dcp_size) > 1),
     Refusal(
         "--disaggregation-mode",
         "--chunked-prefill-size bounds what prompts take of a step",
