@@ -120,24 +120,6 @@ def metrics(target: Target) -> Seen:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def waiting(target: Target) -> Seen:
-    """The longest gap of running streams, while nothing comes and while long prompts do."""
-    target.flush()
-    assert target.server is not None, "flush() has answered"
-    running, url = [Ask([70 + i, 71], 256, ignore_eos=True) for i in range(4)], target.server.url
-    alone = max(gap for reply in closed_loop(url, running, 4) for gap in reply.gaps)
-    prompts = [after(tokenizer(), 1500, seed=20 + i) for i in range(4)]
-    target.flush()
-    with ThreadPoolExecutor(5) as pool:
-        streams = pool.submit(closed_loop, url, running, 4)
-        time.sleep(0.5)
-        arriving = [pool.submit(target.generate, prompt, 1) for prompt in prompts]
-        beside = max(gap for reply in streams.result() for gap in reply.gaps)
-        for each in arriving:
-            each.result()
-    return Seen("{:.2f} s (without them {:.2f} s)", figures=(beside, alone))
-
-
 def speed(at_once: int, count: int) -> Callable[[Target], Seen]:
     """A probe of chats, so many at once, from an empty cache."""
 

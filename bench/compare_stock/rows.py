@@ -100,7 +100,6 @@ ROWS: dict[str, Row] = {
     "ranks": Row("12 answers of two ranks (`--tp-size 2`)", starts.two_ranks, "two ranks"),
     "damaged": Row("a checkpoint with a tensor missing and one too many", starts.bad_files, "damaged"),
     # figures
-    "wait": Row("longest gap of 4 streams, while 4 prompts of 1,500 tokens arrive", keeping.waiting, "slow", turns=3),
     "first token": Row("first token behind a prompt of 2,016 tokens", keeping.first_token, turns=3),
     "1": Row("chats, 1 at a time", keeping.speed(1, 16), turns=3),
     "8": Row("chats, 8 at a time", keeping.speed(8, 64), turns=3),

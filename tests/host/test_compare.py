@@ -99,5 +99,9 @@ def test_the_page_has_the_table_of_the_record() -> None:
         for name, cells in record["rows"].items()
     }
     assert list(found) == list(ROWS), "run python -m bench.compare_stock --markdown again"
+    (there, asked), (good, judged) = (command.score(found)[side] for side in SIDES)
+    told = f"of {judged} things that a client may want, {good} are as they should be here; of the {asked} of them"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert told in readme and f"on a CPU, {there} are there" in readme
     table = "\n".join(command.markdown(found))
     assert table in (ROOT / "docs" / "in-tree.md").read_text(encoding="utf-8")
