@@ -108,7 +108,7 @@ def fork_server(modules: tuple[str, ...], variables: Variables) -> ForkServer:
     with address.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not address.exists():
-            start_fork_server(str(address), modules, dict(variables))
+            start_fork_server(str(address), modules, dict(sorted(variables)))
     return ForkServer(str(address))
 
 
@@ -130,6 +130,9 @@ def start_fork_server(address: str, modules: tuple[str, ...], variables: dict[st
 
 def serve_forks(listener: socket.socket, modules: tuple[str, ...], run: int) -> None:
     """In the process that becomes the fork server, which is nobody's child, so that nobody waits for it."""
+    # Titles of processes are written where the environment was, which is found by its first variable, while that lies
+    # where it was. So that one must not be by chance what an import sets anew.
+    setproctitle.getproctitle()
     if os.fork():
         os._exit(0)
     folder, end = Path(listener.getsockname()).parent, os.pidfd_open(run)
@@ -160,7 +163,6 @@ def fork(
 
 def begin(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
     """In the forked process."""
-    setproctitle.getproctitle()  # finds the memory of titles by that of the environment, once
     os.environ.clear()
     os.environ.update(variables)
     sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
