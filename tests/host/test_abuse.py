@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from bench.shots import CUT, ask, status
 from tests.sizes import size
 
 pytestmark = pytest.mark.host
+
+# Whether no other tests run beside these, which would slow good answers down in some phases and not in others.
+ALONE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1
+CORES = len(os.sched_getaffinity(0))  # as many ranks leave none to those that send
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,8 +42,8 @@ def test_a_shot_is_shown_as_it_can_be_sent_again() -> None:
     assert len(long) < 1000 and "5024 bytes" in long and long.endswith('"rid": "b"}')
 
 
-def attack(minutes: float, tp: int, folder: Path, *, gaps: bool = True) -> None:
-    """As `python -m bench.abuse` does it; gaps between good answers' tokens say little of a short run."""
+def attack(minutes: float, tp: int, folder: Path, *, gaps: bool) -> None:
+    """As `python -m bench.abuse` does it; gaps between good answers' tokens say something of a long run alone."""
     with serving_or(None, folder / "log", folder, tp) as target:
         report = run(target, Plan(list(KINDS), minutes), folder)
         show(report)
@@ -58,4 +63,4 @@ def test_hostile_requests_harm_nobody(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("minutes", "ranks"), [(2.0, 2), (6.0, 1)])
 def test_hostile_requests_harm_nobody_for_longer_and_on_two_ranks(minutes: float, ranks: int, tmp_path: Path) -> None:
-    attack(minutes, ranks, tmp_path)
+    attack(minutes, ranks, tmp_path, gaps=ALONE and ranks < CORES)
