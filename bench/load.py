@@ -17,7 +17,8 @@ import aiohttp
 class Ask:
     """A request, and the text that would be right; None where nobody knows.
 
-    custom_params say how it is decoded, to a server of ours; None as the server does by itself.
+    custom_params say how it is decoded, to a server of ours; None as the server does by itself. sampling: parameters
+    beside these, such as a temperature.
     """
 
     input_ids: list[int]
@@ -25,6 +26,7 @@ class Ask:
     ignore_eos: bool = False
     right: str | None = None
     custom_params: dict[str, Any] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -104,6 +106,7 @@ async def send(session: aiohttp.ClientSession, url: str, ask: Ask) -> Reply:
         "max_new_tokens": ask.max_new_tokens,
         "ignore_eos": ask.ignore_eos,
         "custom_params": ask.custom_params,
+        **ask.sampling,
     }
     body = {"input_ids": ask.input_ids, "stream": True, "sampling_params": sampling}
     reply = Reply(time.perf_counter())

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from tests.host.conftest import decoded
 from tests.host.serving import serving
 
 CHECKPOINT = ROOT / "examples" / "tiny-llada2"
+DRAWN = {"temperature": 1.0, "top_p": 0.9}
 SIDES: dict[str, tuple[dict[str, str], list[str]]] = {
     "ours": ({}, []),
     "like for like": ({"SGLANG_LLADA": "off"}, []),
@@ -47,12 +48,14 @@ class Workload:
     """Requests, and how they are sent: to a server at this address, from an empty cache.
 
     patient: whether the host takes minutes for it on its own attention, which is then left out.
+    drawn: whether tokens are drawn, which the in-tree code does not do.
     """
 
     name: str
     asks: list[Ask]
     send: Callable[[str, list[Ask]], list[Reply]]
     patient: bool = False
+    drawn: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         for workload in chosen:
             for repeat in watched(range(1 + args.repeats), workload.name, 1 + args.repeats):  # first to warm up
                 for side, server in servers.items():
-                    if workload.patient and side == "as it comes":
+                    if (workload.patient and side == "as it comes") or (workload.drawn and side != "ours"):
                         continue
                     figures = server.run(workload)
                     if repeat:
                         results[workload.name][side].append(figures)
             show(workload.name, results[workload.name])
-            if args.reference:
+            if args.reference and not workload.drawn:
                 compared[workload.name] = against_reference(workload.asks, servers["ours"].replies)
                 print("  the reference's tokens and steps:", compared[workload.name], flush=True)
     print(json.dumps({**new_record(), "started": started, "workloads": results, "reference": compared}))
@@ -136,8 +139,11 @@ def workloads() -> Iterator[Workload]:
     """Everything that is measured; requests differ from workload to workload and not from run to run."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
     for at_once, count in ((1, 40), (8, 160), (32, 640)):
-        asks = list(islice(chats(tokenizer, seed=at_once), count))
+        asks = some_chats(tokenizer, at_once, count)
         yield Workload(f"chat, {at_once} at once", asks, lambda url, asks, n=at_once: closed_loop(url, asks, n))
+    drawn = enumerate(some_chats(tokenizer, 8, 160))  # those of "chat, 8 at once"
+    asks = [replace(ask, sampling={**DRAWN, "sampling_seed": i}) for i, ask in drawn]
+    yield Workload("sampled chat, 8 at once", asks, lambda url, asks: closed_loop(url, asks, 8), drawn=True)
     for rate, count in ((1, 8), (8, 64), (32, 160)):
         asks = list(islice(chats(tokenizer, seed=100 + rate), count))
         yield Workload(f"chat, {rate} a second", asks, lambda url, asks, r=rate: open_loop(url, asks, r))
@@ -150,6 +156,11 @@ def workloads() -> Iterator[Workload]:
     mixed = list(islice(chats(tokenizer, seed=9), 96))
     mixed[::4] = [Ask(after(tokenizer, LONG, seed=100 + i), NEW_TOKENS) for i in range(len(mixed[::4]))]
     yield Workload("mix with long prompts, 8 at once", mixed, lambda url, asks: closed_loop(url, asks, 8), patient=True)
+
+
+def some_chats(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[Ask]:
+    """So many of chats()."""
+    return list(islice(chats(tokenizer, seed), count))
 
 
 def chats(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Ask]:
