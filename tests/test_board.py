@@ -14,8 +14,9 @@ import yaml
 
 DOCS = Path(__file__).parents[1] / "docs"
 BOARD = json.loads((DOCS / "grafana.json").read_text(encoding="utf-8"))
-RULES = yaml.safe_load(
-    re.search(r"```yaml\n(groups:.*?)```", (DOCS / "operations.md").read_text(encoding="utf-8"), re.S).group(1)  # type: ignore[union-attr]
+[RULES] = map(
+    yaml.safe_load,
+    re.findall(r"```yaml\n(groups:.*?)```", (DOCS / "operations.md").read_text(encoding="utf-8"), re.S),
 )
 INSTALL = "is not installed; `pip install '.[test]'` brings it"
 

@@ -160,7 +160,7 @@ evaluator_config: {extract_from_boxed: false, extract_regex: "(.+)"}
 @pytest.fixture(scope="session")
 def evaluators(request: pytest.FixtureRequest) -> Path:
     """The programs of an environment that has them, made once."""
-    folder = request.config.cache.mkdir("evaluators")  # type: ignore[union-attr]
+    folder = request.config.cache.mkdir("evaluators")  # type: ignore[union-attr]  # pytest may run without
     if not (folder / "made").exists():
         try:
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)

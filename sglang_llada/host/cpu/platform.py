@@ -82,9 +82,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         parallel_state._is_cpu = True
         if self.replays:  # the host would capture and replay diffusion rows on devices only
             parallel_state.get_current_device_stream_fast = torch.cpu.current_stream
-            group = (
-                parallel_state.GroupCoordinator
-            )  # whose collectives are one kernel each, whatever gloo makes of them
+            group = parallel_state.GroupCoordinator  # each collective is one operation, whatever gloo makes of it
             group._all_gather_into_tensor = kernel(group._all_gather_into_tensor)
             group._reduce_scatter_tensor = kernel(group._reduce_scatter_tensor)
             forward_batch_info.ForwardMode.is_cpu_graph = forward_batch_info.ForwardMode.is_cuda_graph
