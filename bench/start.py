@@ -2,8 +2,9 @@
 
 Each start is the plain launch command. The first of `--repeats` has no kernels that were compiled before (Triton's
 cache is a folder of this run), the others have its. Seconds of each part, from the host's log, which has whole seconds
-and says when a part ends; of several ranks the last one counts. Without --model: a model of LLaDA2.0-mini's shape with
-random weights, or on a CPU the small checkpoint that ships here.
+and says when a part ends; of several ranks the last one counts. Our kernels are compiled beside the loading of weights,
+and what that took is said, too; `SGLANG_LLADA_COMPILE=0` leaves each to its first launch. Without --model: a model of
+LLaDA2.0-mini's shape with random weights, or on a CPU the small checkpoint that ships here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +36,7 @@ PARTS = {
     "graphs": r"Capture .* end\.",
     "the rest": "The server is fired up",
 }
+BESIDE = re.compile(r"kernels: .*; ([\d.]+) s$", re.MULTILINE)
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
 
 
@@ -53,15 +55,26 @@ def main(argv: list[str] | None = None) -> int:
             model, flags = shaped(there / "mini"), ["--load-format", "dummy", *flags]
         for n in range(args.repeats):
             name = "first" if n == 0 else f"later {n}"
-            out["summary"][name] = found = started(model or TINY, there / f"log{n}", there / "triton", flags)
+            log = started(model or TINY, there / f"log{n}", there / "triton", flags)
+            out["summary"][name] = found = parts(log.text, log.begin)
             said = ", ".join(f"{part} {seconds:.0f}" for part, seconds in found.items())
             print(f"{name}: ready after {sum(found.values()):.0f} s: {said}", flush=True)
+            for seconds in BESIDE.findall(log.text):
+                out["summary"][name] |= {"kernels, beside": float(seconds)}
+                print(f"{name}: kernels of ours, beside: {seconds} s", flush=True)
     print(json.dumps(out))
     return 0
 
 
-def started(model: Path, log: Path, cache: Path, flags: list[str]) -> dict[str, float]:
-    """Seconds of each part of one start."""
+class Log(NamedTuple):
+    """What a server said, and when its command was given, as time.time()."""
+
+    text: str
+    begin: float
+
+
+def started(model: Path, log: Path, cache: Path, flags: list[str]) -> Log:
+    """The log of one start."""
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
     begin = time.time()
@@ -78,7 +91,7 @@ def started(model: Path, log: Path, cache: Path, flags: list[str]) -> dict[str, 
         ready(process, f"http://127.0.0.1:{port}", log)
     finally:
         stop(process)
-    return parts(log.read_text(encoding="utf-8", errors="replace"), begin)
+    return Log(log.read_text(encoding="utf-8", errors="replace"), begin)
 
 
 def parts(log: str, begin: float) -> dict[str, float]:

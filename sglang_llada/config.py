@@ -18,6 +18,7 @@ from sglang_llada.errors import ConfigError
 MODE_VARIABLE = "SGLANG_LLADA"
 REPLAY_VARIABLE = "SGLANG_LLADA_REPLAY"  # graphs on the CPU, for tests
 AHEAD_VARIABLE = "SGLANG_LLADA_AHEAD"  # whether steps are launched before the one before them is read
+COMPILE_VARIABLE = "SGLANG_LLADA_COMPILE"  # whether kernels are compiled while weights are loaded
 
 
 class Mode(enum.Enum):

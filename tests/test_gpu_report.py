@@ -26,6 +26,7 @@ LOG = """[2026-11-28 10:55:26] server_args={'model_path': 'mini'}
 [2026-11-28 10:55:50 TP1] Load weight end. elapsed=0.06 s, type=LLaDA2MoeModelLM, avail mem=16.19 GB
 [2026-11-28 10:55:52 TP0] Load weight end. elapsed=0.06 s, type=LLaDA2MoeModelLM, avail mem=16.19 GB
 [2026-11-28 10:55:53 TP0] Memory pool end. avail mem=15.49 GB
+[2026-11-28 10:56:01 TP0] kernels: 24 kernels, 24 of them compiled, the others on disk already; 12.3 s
 [2026-11-28 10:56:10 TP0] Capture decode CUDA graph end. Time elapsed: 17.00 s.
 [2026-11-28 10:56:12] The server is fired up and ready to roll!
 """
@@ -74,6 +75,7 @@ def test_a_start_is_told_by_part() -> None:
     assert found == dict(zip(start.PARTS, (10, 8, 18, 1, 17, 2), strict=True))
     without_graphs = "\n".join(line for line in LOG.splitlines() if "Capture" not in line)
     assert start.parts(without_graphs, begin)["the rest"] == 19
+    assert start.BESIDE.findall(LOG) == ["12.3"]
 
 
 def test_a_difference_is_as_near_as_the_reference_was_to_another_decision() -> None:

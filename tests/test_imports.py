@@ -1,4 +1,4 @@
-"""The import rule: errors, config <- {decode | blocks | llada2} <- host <- plugin, __main__.
+"""The import rule: errors, config, card <- {decode | blocks | llada2} <- kernels, host <- plugin, __main__.
 
 Only the last three see SGLang. Inside host/ imports go one way, too, from room to room and from file to file. The rule
 is read from the syntax tree, so that imports inside functions count too and
@@ -28,7 +28,7 @@ class Rule:
 
 
 BASE = frozenset({"errors", "config", "__init__"})
-PURE = BASE | {"decode", "blocks", "llada2", "accelerator"}
+PURE = BASE | {"card", "decode", "blocks", "llada2", "accelerator"}
 RULES = {
     "__init__": Rule(frozenset()),
     "errors": Rule(frozenset()),
@@ -39,9 +39,11 @@ RULES = {
     "view": Rule(BASE | {"service"}, frozenset({"PIL"})),  # for GIFs
     "tune": Rule(BASE | {"progress", "service", "options", "view"}),
     "accelerator": Rule(BASE, frozenset({"torch"})),
+    "card": Rule(frozenset(), frozenset({"torch"})),
     "blocks": Rule(BASE),
-    "decode": Rule(BASE, frozenset({"torch", "triton"})),
+    "decode": Rule(BASE | {"card"}, frozenset({"torch", "triton"})),
     "llada2": Rule(BASE, frozenset({"torch", "triton", "transformers", "safetensors", "tokenizers"})),
+    "kernels": Rule(BASE | {"card", "decode", "llada2"}, frozenset({"torch", "triton"})),
     "host": Rule(PURE, ANY),
     "plugin": Rule(PURE | {"host"}, ANY),
     "__main__": Rule(PURE | {"host", "plugin", "options", "service", "tune", "view"}, ANY),

@@ -201,7 +201,7 @@ def kinds(end, mask):
     return tl.where(floats(end, HEAT, mask) > 0, 1 + cut.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "count"])
 def gather_kernel(
     hidden,
     ids,
@@ -274,7 +274,7 @@ def mixed(x):
     return (z ^ (z >> 31)).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def rows_kernel(
     ids,
     table,

@@ -26,11 +26,10 @@ from sglang_llada.decode.head import Best, Exchange, Head, Lowered
 from sglang_llada.decode.noise import MOST, UNIT
 from sglang_llada.decode.select_triton import (
     INTERPRETED,
-    INVARIANT_SLICES,
     Form,
     described,
-    multiprocessors,
     product,
+    programs_of,
     raised,
 )
 
@@ -170,8 +169,7 @@ def room_for_records(
     counts: bool,
 ) -> Tensor:
     form = form_of(source, weight)
-    blocks = triton.cdiv(len(source), form.positions)
-    programs = INVARIANT_SLICES * blocks if invariant else max(form.programs * multiprocessors(source.device), blocks)
+    programs = programs_of(form, source, invariant)
     return how.new_empty(programs, form.positions, 2 * BOUNDS if counts else FIELDS)
 
 
@@ -277,7 +275,7 @@ def noise(key, names, UNIT: tl.constexpr, MOST: tl.constexpr):
     return -tl.log(near)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "first", "mask_id"])
 def slice_kernel(
     source,
     weight,
@@ -390,7 +388,7 @@ def slice_kernel(
         tl.store(out + 4, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride", "parts", "positions", "block"])
 def draws_kernel(
     records,
     part_stride,
@@ -464,7 +462,7 @@ def draws_kernel(
         tl.store(out + 4, mass, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "positions", "block"])
 def bounds_kernel(
     records,
     part_stride,

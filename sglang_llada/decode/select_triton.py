@@ -14,7 +14,6 @@ allow, and the programs of one slice stand side by side, so that all but the fir
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sglang_llada.card import Card, card_of
 from sglang_llada.decode.head import Best, Exchange, Head, Lowered, Partial
 
 INTERPRETED = triton.knobs.runtime.interpret  # where a product of bf16 would be one of integers
@@ -68,20 +68,18 @@ FOLD_POSITIONS, FOLD_RECORDS, FOLD_WARPS = 4, 128, 4  # of a program of the seco
 
 def form_of(hidden: Tensor, invariant: bool) -> Form:
     """The form for hidden states [P, H]; invariant: the same for any P."""
-    forms = SINGLE if hidden.element_size() == 4 else HOPPER if is_hopper(hidden.device) else HALF
+    forms = forms_for(hidden.element_size(), card_of(hidden.device))
     return forms[MANY] if invariant else next(form for most, form in forms.items() if len(hidden) <= most)
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
+def forms_for(element_size: int, card: Card) -> dict[int, Form]:
+    """The forms for hidden states of so many bytes a number, by the most positions."""
+    return SINGLE if element_size == 4 else HOPPER if is_hopper(card) else HALF
+
+
+def is_hopper(card: Card) -> bool:
     """Whether products take their operands from shared memory, and copies go there by tile, both on the side."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of the interpreter a few."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+    return card.capability[0] == 9
 
 
 def select(
@@ -210,9 +208,14 @@ def records_of(form: Form, hidden: Tensor, count: int, invariant: bool) -> Tenso
 
     Program s * blocks + b works on slice s and on block b of those that are wanted.
     """
-    blocks = triton.cdiv(len(hidden), form.positions)
-    programs = INVARIANT_SLICES * blocks if invariant else max(form.programs * multiprocessors(hidden.device), blocks)
+    programs = programs_of(form, hidden, invariant)
     return hidden.new_empty(programs, 2 * count + 2, form.positions, dtype=torch.float32)
+
+
+def programs_of(form: Form, source: Tensor, invariant: bool) -> int:
+    """How many programs share the positions of `source` and the vocabulary."""
+    blocks, at_once = triton.cdiv(len(source), form.positions), form.programs * card_of(source.device).multiprocessors
+    return INVARIANT_SLICES * blocks if invariant else max(at_once, blocks)
 
 
 def run_slices(
@@ -384,7 +387,7 @@ def product(
     return tl.trans(x) if UPRIGHT else x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "vocabulary", "first", "mask_id"])
 def kernel(
     hidden,
     weight,
@@ -457,7 +460,7 @@ def kernel(
     tl.store(out + (2 * COUNT + 1) * POSITIONS, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride", "parts", "positions", "block"])
 def fold_kernel(
     records,
     part_stride,

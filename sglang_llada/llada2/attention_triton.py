@@ -177,7 +177,7 @@ def part_of(end, splits, KEYS: tl.constexpr, LEAST_PART: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(end, splits), KEYS) * KEYS, LEAST_PART)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "table_stride"])
 def attend_kernel(
     q,
     keys,

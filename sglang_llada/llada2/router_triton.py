@@ -167,7 +167,7 @@ def route_constants(
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     by_part,
     expert_bias,

@@ -25,7 +25,7 @@ UNCUT = [way for name, way in WAYS.items() if name in ("as it is", "cold", "hot"
 CUT = [way for way in WAYS.values() if way not in UNCUT]
 
 if INTERPRETED:
-    from sglang_llada.decode import sampling_triton
+    from sglang_llada.decode import sampling_triton, select_triton
     from sglang_llada.decode.select_triton import Form
 
     @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ if INTERPRETED:
         for room in (definition, sampling_triton):  # more passes of fewer bounds
             monkeypatch.setattr(room, "BOUNDS", 16)
             monkeypatch.setattr(room, "PASSES", 6)
-        monkeypatch.setattr(sampling_triton, "INVARIANT_SLICES", 3)
+        monkeypatch.setattr(select_triton, "INVARIANT_SLICES", 3)
         monkeypatch.setattr(sampling_triton, "FOLD_RECORDS", 4)
         monkeypatch.setattr(sampling_triton, "COUNT_RECORDS", 4)
 

@@ -7,6 +7,7 @@ therefore compared by logits, on random weights with heads of 128.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ WIDE = {"head_dim": 128, "intermediate_size": 128, "moe_intermediate_size": 64}
 ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
 HALF = 0.3  # of the logits' spread: what bf16 may do to them (the host's torch attention on a CPU: 0.13)
 
+OURS = {"kernel", "fold_kernel", "gather_kernel", "rows_kernel", "slice_kernel", "draws_kernel", "bounds_kernel"} | {
+    "attend_kernel",
+    "merge_kernel",
+    "route_kernel",
+}
+
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -66,6 +73,27 @@ def test_served_output_is_the_references(graphs: str, cases: list[Case], tmp_pat
     with serving(TINY, tmp_path / "log", "--dtype", "bfloat16", "--cuda-graph-backend-decode", graphs) as server:
         answers = server.generate_all([case.prompt for case in cases], NEW_TOKENS, 32)
     agree(cases, answers, f"on a GPU, graphs {graphs}")
+
+
+def test_no_request_waits_for_a_compiler(cases: list[Case], tmp_path: Path) -> None:
+    """All of ours that requests of any kind launch are compiled while the weights are loaded."""
+    log, cache = tmp_path / "log", tmp_path / "triton"
+    ways = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "logit_bias": {"5": 1.0}},
+    ]
+
+    def compiled() -> set[Path]:
+        return {file for file in cache.glob("*/*.cubin") if file.stem in OURS}
+
+    with serving(TINY, log, "--dtype", "bfloat16", env={"TRITON_CACHE_DIR": str(cache)}) as server:
+        assert re.search(r"kernels: \d+ kernels, [1-9]\d* of them compiled", log.read_text())
+        before = compiled()
+        for i, case in enumerate(cases[:40]):
+            server.generate(case.prompt, 16, **ways[i % len(ways)])
+        assert compiled() == before
 
 
 @pytest.mark.parametrize("policy", ["write_through", "write_back"])

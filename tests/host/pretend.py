@@ -7,6 +7,7 @@ process of its own torch is made to speak of one; kernels are neither there nor 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sglang_llada.config import COMPILE_VARIABLE
 from tests.host import warm
 
 PATIENCE = 280
@@ -26,7 +28,8 @@ Task = Callable[[Path], Any]
 
 
 def pretend(capability: tuple[int, int]) -> None:
-    """From now on torch has a device, whose kernels fail. Before the host is imported."""
+    """From now on torch has a device, whose kernels fail and need not be compiled. Before the host is imported."""
+    os.environ[COMPILE_VARIABLE] = "0"
     properties = types.SimpleNamespace(
         name="pretended", major=capability[0], minor=capability[1], total_memory=80 << 30, multi_processor_count=132
     )

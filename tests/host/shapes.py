@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sglang_llada.card import card_of
+from sglang_llada.kernels import Kernels, Target, noting
 from tests.host.ranks import Job, make_runner
 from tests.host.serving import free_port
 
@@ -68,12 +70,14 @@ class Fakes(FakeTensorMode):
 
 
 class Device(TorchDispatchMode):
-    """See the module. `events` is what happened since it was last emptied."""
+    """See the module. `events` is what happened since it was last emptied; `kernels` are those of ours that were ever
+    launched, and for what each would have been compiled."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.events: list[Event] = []
+        self.kernels: Kernels = {}
         self.pinned: list[Tensor] = []
         self.fakes = Fakes(allow_non_fake_inputs=True)
 
@@ -243,12 +247,13 @@ def runner_on(device: Device, folder: Path, ranks: int, *flags: str) -> Any:
 
 def stand_in(device: Device) -> None:
     """Put what a device would do in the place of what looks for its driver."""
+    import sglang.srt.distributed.device_communicators.pynccl as pynccl
+    import sglang.srt.distributed.device_communicators.shm_broadcast as queues
     import sglang.srt.layers.layernorm as layernorm
     import sglang.srt.model_executor.runner.decode_cuda_graph_runner as graphs
     import sglang.srt.model_loader.loader as loader
     from sglang.srt.model_executor.model_runner import ModelRunner
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from triton.runtime.jit import JITFunction
 
     cuda: Any = torch.cuda
     properties = cuda.get_device_properties()
@@ -273,6 +278,7 @@ def stand_in(device: Device) -> None:
     )
     distributed.new_group = lambda ranks=None, *_, **__: split(ranks, backend="fake")
     distributed.monitored_barrier = lambda *_, **__: None
+    pynccl.PyNcclCommunicator = queues.MessageQueue.create_from_process_group = lambda *_, **__: None
     runner: Any = ModelRunner
     runner.maybe_init_expert_location_metadata = lambda self: None  # reads what it has put on the device
     loader.initialize_dummy_weights = lambda model: None
@@ -290,9 +296,27 @@ def stand_in(device: Device) -> None:
     layernorm.rmsnorm = rmsnorm
     layernorm.fused_add_rmsnorm = lambda *_, **__: device.launched("fused_add_rmsnorm")
     show_inside()
-    jit: Any = JITFunction
-    jit.run = lambda self, *_, **__: device.launched(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
+    launch(device)
     graphs.resolve_decode_backend = backend(device)
+
+
+def launch(device: Device) -> None:
+    """Let Triton work out what it would compile of ours, and do neither that nor launch anything."""
+    from triton.knobs import runtime
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    jit: Any = JITFunction
+    launch = jit.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        device.launched(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
+        if self.fn.__module__.startswith("sglang_llada."):
+            launch(self, *args, **kwargs)
+
+    jit.run = run
+    driver.set_active(Target(card_of(torch.device("cuda", 0))))
+    runtime.jit_cache_hook = noting(device.kernels)
 
 
 def show_inside() -> None:

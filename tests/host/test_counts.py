@@ -8,31 +8,36 @@ here is the sum of what the device would be given; the first GPU that ran these 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_llada.blocks import Request, next_step
-from sglang_llada.config import DecodeConfig, Report, Sampling
+from sglang_llada.card import card_of
+from sglang_llada.config import COMPILE_VARIABLE, DecodeConfig, Report, Sampling
 from sglang_llada.decode.contract import Tokens
 from sglang_llada.decode.layout import fresh, numbers
 from tests.host.conftest import TINY
-from tests.host.pretend import HOPPER, in_a_process
+from tests.host.pretend import HOPPER, Task, in_a_process
 from tests.host.shapes import COPY, KERNEL, WAIT, Device, Event, runner_on
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-SHAPE = Path(__file__).parents[1] / "published" / "LLaDA2.0-mini.config.json"
+PUBLISHED = Path(__file__).parents[1] / "published"
 PROMPT_ROWS = 39  # more than the largest graph of these tests holds
 LAYERS, VOCABULARY, T, MASK = 3, 157_184, 32, 156_895
+LONG = [5] * (PROMPT_ROWS * T + 3)
+PLAIN, INSERTING = Tokens(MASK), Tokens(MASK, 156_930, 156_931)
 
-GREEDY = DecodeConfig.defaults(T)
+GREEDY, EDITING = DecodeConfig.defaults(T), DecodeConfig.defaults(T, "levenshtein", indel=True)
 SAMPLING = Sampling(temperature=1.0, top_k=1 << 30, top_p=0.9, min_p=0.0, seed=7)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # rows, and what the request of each asks for
     "1": (1, {}),
@@ -51,8 +56,8 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
     """What happens in a step of each case, from its launch until it is read, and in the graph of each size."""
     from sglang_llada.host.engine.executor import Executor
 
-    device = Device(VOCABULARY)
-    sizes = sorted({str(rows) for rows, _ in CASES.values()})
+    device, compiling = Device(VOCABULARY), begun()
+    sizes = sorted({str(rows) for rows, _ in CASES.values()} | {"2", "4"})  # selection has a form for each
     runner = runner_on(device, folder, 1, "--cuda-graph-bs-decode", *sizes)
     graphs = runner.decode_cuda_graph_runner
     steps = {}
@@ -66,11 +71,55 @@ def counted(folder: Path) -> dict[str, dict[Any, list[Event]]]:
         requests[3].shaping, requests[3].plain, requests[3].needs_host = Bias(), False, True
         steps[BIASED] = step(executor, device, requests, 8, replayed=True)
         for _ in range(2):
-            requests = [a_request(0, [5] * (PROMPT_ROWS * T + 3))]
+            requests = [a_request(0, LONG)]
             steps["prompt"] = step(executor, device, requests, PROMPT_ROWS + 1, replayed=False)
         steps["planted"] = planted(device)
     captured = {(key.size, key.variant_label): graph.events for key, graph in graphs.backend.graphs.items()}
-    return {"steps": steps, "graphs": captured}
+    return {"steps": steps, "graphs": captured, "kernels": kernels(device, compiling)}
+
+
+def begun() -> list[dict[str, Any]]:
+    """Where it will stand what this process has compiled beside its loading of weights."""
+    from sglang_llada.host.engine import compiling
+
+    os.environ[COMPILE_VARIABLE] = "1"
+    requests: list[dict[str, Any]] = []
+    compiling.begin = requests.append
+    return requests
+
+
+def kernels(device: Device, requests: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """Ours that were launched, and those that the one request is for."""
+    from sglang_llada.kernels import kernels_of
+
+    (request,) = requests
+    assert request["card"] == card_of(torch.device("cuda", 0))
+    launched, compiled = (
+        {f"{name} {json.loads(data)['key']}" for name, data in some}
+        for some in (device.kernels, kernels_of(request["launches"]))
+    )
+    return launched, compiled
+
+
+def launched_elsewhere(folder: Path) -> tuple[set[str], set[str]]:
+    """kernels() of a checkpoint that inserts, on the first of two ranks, of which the second has nothing compiled."""
+    from sglang_llada.host.engine import compiling
+    from sglang_llada.host.engine.executor import Executor
+
+    device, requests = Device(VOCABULARY), begun()
+    flags = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "--disable-custom-all-reduce")
+    runner = runner_on(device, folder, 2, *flags)
+    with device.on(), torch.inference_mode():
+        executor = Executor(runner, runner.decode_cuda_graph_runner.decider)
+        request = a_request(0, LONG, EDITING, INSERTING, sampling=SAMPLING)
+        step(executor, device, [request], PROMPT_ROWS + 1, replayed=False)
+    os.environ[COMPILE_VARIABLE] = "0"
+    assert not compiling.is_wanted()
+    os.environ[COMPILE_VARIABLE] = "1"
+    assert compiling.is_wanted()
+    vars(compiling)["get_parallel"] = lambda: SimpleNamespace(tp_rank=1)
+    assert not compiling.is_wanted()
+    return kernels(device, requests)
 
 
 class Bias:
@@ -95,9 +144,11 @@ def step(
     return list(device.events)
 
 
-def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfig]:
+def a_request(
+    slot: int, prompt: list[int], how: DecodeConfig = GREEDY, tokens: Tokens = PLAIN, **asked: Any
+) -> Request[DecodeConfig]:
     """One whose next step fills its prompt and decides the block behind it."""
-    params = replace(GREEDY, **asked)
+    params = replace(how, **asked)
     made = Request(
         f"r{slot}",
         prompt,
@@ -106,7 +157,7 @@ def a_request(slot: int, prompt: list[int], **asked: Any) -> Request[DecodeConfi
         params,
         block_size=T,
         mask_id=MASK,
-        fresh=fresh(T, Tokens(MASK)),
+        fresh=fresh(T, tokens),
         numbers=numbers(params),
         plain=params.plain,
         needs_host=params.report is not None,
@@ -136,14 +187,25 @@ def planted(device: Device) -> list[Event]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, list[Event]]]:
     """What counted() saw."""
-    folder = tmp_path_factory.mktemp("mini")
-    for name in TOKENIZER:
-        shutil.copy(TINY / name, folder)
-    (folder / "config.json").write_text(json.dumps(json.loads(SHAPE.read_text()) | {"num_hidden_layers": LAYERS}))
+    return with_a_device(counted, "LLaDA2.0-mini", tmp_path_factory.mktemp("mini"))
+
+
+def with_a_device(task: Task, name: str, folder: Path) -> Any:
+    """What a task makes of a published checkpoint's shape with few layers, where torch has a device."""
+    for each in TOKENIZER:
+        shutil.copy(TINY / each, folder)
+    config = json.loads((PUBLISHED / f"{name}.config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_JIT_DEEPGEMM", "0")  # which looks for a driver when it is imported
-        (found,) = in_a_process(counted, [folder], HOPPER)
+        (found,) = in_a_process(task, [folder], HOPPER)
     return found
+
+
+def test_what_is_compiled_while_weights_are_loaded_is_what_is_launched(seen: dict[str, Any], tmp_path: Path) -> None:
+    """No request waits for a compiler, whatever the number of its positions, and nothing is compiled in vain."""
+    for launched, compiled in (seen["kernels"], with_a_device(launched_elsewhere, "LLaDA2.2-mini", tmp_path)):
+        assert launched == compiled
 
 
 def names(events: list[Event]) -> list[str]:

@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from torch import Tensor
 
+from sglang_llada.card import card_of
 from sglang_llada.errors import ConfigError, IntegrityError
 from sglang_llada.host.attention import cpu as cpu_attention
 from sglang_llada.host.backends import ATTENTION_BACKEND
@@ -70,17 +71,16 @@ class KernelAttention(AttentionBackend):
         self.block_size: int = model_runner.page_size  # a page is a block
         # How keys are split follows from the number of rows, and so would the order of sums.
         self.splits = 1 if model_runner.server_args.enable_deterministic_inference else None
-        card = torch.cuda.get_device_properties(model_runner.device)
-        settings = attention_triton.settings_for(model_runner.dtype.itemsize, (card.major, card.minor))
+        card = card_of(torch.device(model_runner.device))
+        settings = attention_triton.settings_for(model_runner.dtype.itemsize, card.capability)
         self.launcher = attention_triton.Device.make(
-            settings, card.multi_processor_count, model_runner.model_config.head_dim, model_runner.device
+            settings, card.multiprocessors, model_runner.model_config.head_dim, model_runner.device
         )
         logger.info(
             "attention: %s, one kernel a layer and no plan; sm_%d%d, %d multiprocessors, %s",
             ATTENTION_BACKEND,
-            card.major,
-            card.minor,
-            card.multi_processor_count,
+            *card.capability,
+            card.multiprocessors,
             settings,
         )
 

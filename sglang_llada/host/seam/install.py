@@ -54,6 +54,13 @@ def install(mode: Mode) -> None:
         hook_graphs(replays)
 
 
+def hook(target: str, ours: Any, how: str) -> None:
+    """Put a function or class of ours before, after, around or in the place of the host's, as HookType names it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, ours, HookType[how])
+
+
 def register_config(mode: Mode) -> None:
     """Let transformers read config.json of a LLaDA2 checkpoint without --trust-remote-code."""
     from transformers import AutoConfig
@@ -73,7 +80,6 @@ def hook_arguments(mode: Mode) -> None:
         add_radix_supported_deterministic_attention_backend_choices,
     )
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.backends import ATTENTION_BACKEND
     from sglang_llada.host.start.arguments import correct_facts, fill_in, keep_features, settle_quantisation
@@ -96,9 +102,9 @@ def hook_arguments(mode: Mode) -> None:
     register_resolution_hook("handle_missing_default_values")(fill_in_after)
     if mode is Mode.ON:
         register_resolution_hook("handle_dllm_inference")(keep_features)
-    HookRegistry.register("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, HookType.AFTER)
+    hook("sglang.srt.dllm.config.DllmConfig.from_server_args", correct, "AFTER")
     verify = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
-    HookRegistry.register(verify, settle_quantisation, HookType.AROUND)
+    hook(verify, settle_quantisation, "AROUND")
 
 
 def load_in_http_processes() -> None:
@@ -132,10 +138,15 @@ def prepare_cpu() -> bool:
 
 
 def hook_model_class() -> None:
-    """Register our model class when a process first looks one up: importing the registry costs 3 s, and few need it."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    """Register our model class when a process first looks one up: importing the registry costs 3 s, and few need it.
 
-    HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", register_model_class, HookType.BEFORE)
+    Once there is a model, its kernels are compiled while its weights are loaded.
+    """
+    from sglang_llada.host.engine.compiling import compile_beside
+
+    loader = "sglang.srt.model_loader"
+    hook(f"{loader}.utils.get_model_architecture", register_model_class, "BEFORE")
+    hook(f"{loader}.loader._initialize_model", compile_beside, "AFTER")
 
 
 def register_model_class(*args: Any, **kwargs: Any) -> None:
@@ -147,154 +158,131 @@ def register_model_class(*args: Any, **kwargs: Any) -> None:
 
 def hook_sampling_defaults() -> None:
     """A chat request that names no temperature is decoded greedily."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.start.arguments import default_to_greedy
 
     target = "sglang.srt.configs.model_config.ModelConfig.get_default_sampling_params"
-    HookRegistry.register(target, default_to_greedy, HookType.AFTER)
+    hook(target, default_to_greedy, "AFTER")
 
 
 def hook_door() -> None:
     """Refuse what would be dropped, or end badly, before the scheduler hears of it; what its answers come to say."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.requests import door, meta_info, plain_text, scoring
 
     completions = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
-    HookRegistry.register(completions, door.refuse_dropped, HookType.AFTER)
+    hook(completions, door.refuse_dropped, "AFTER")
     request = "sglang.srt.managers.io_struct.GenerateReqInput"
-    HookRegistry.register(request, door.OpenGenerateReqInput, HookType.REPLACE)
+    hook(request, door.OpenGenerateReqInput, "REPLACE")
     for generate in ("generate", "async_generate"):
         target = f"sglang.srt.entrypoints.engine.Engine.{generate}"
-        HookRegistry.register(target, door.take_step_maps, HookType.AROUND)
+        hook(target, door.take_step_maps, "AROUND")
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    HookRegistry.register(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, HookType.AFTER)
-    HookRegistry.register(f"{manager}.generate_request", door.admit, HookType.BEFORE)
-    HookRegistry.register(f"{manager}._validate_one_request", door.check_prompt, HookType.BEFORE)
-    HookRegistry.register(f"{manager}.update_request_meta_info", meta_info.put_whole, HookType.AROUND)
+    hook(f"{manager}.init_tokenizer_and_processor", plain_text.read_as_text, "AFTER")
+    hook(f"{manager}.generate_request", door.admit, "BEFORE")
+    hook(f"{manager}._validate_one_request", door.check_prompt, "BEFORE")
+    hook(f"{manager}.update_request_meta_info", meta_info.put_whole, "AROUND")
     scores = "sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin"
-    HookRegistry.register(f"{scores}.score_request", scoring.score, HookType.AROUND)
-    HookRegistry.register(f"{scores}._process_single_item_scoring_results", scoring.from_reads, HookType.AROUND)
+    hook(f"{scores}.score_request", scoring.score, "AROUND")
+    hook(f"{scores}._process_single_item_scoring_results", scoring.from_reads, "AROUND")
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-    HookRegistry.register(f"{updater}.update_weights_from_tensor", door.refuse_tensors, HookType.AROUND)
-    HookRegistry.register(f"{updater}.update_weights_from_disk", door.keep_weights, HookType.AROUND)
+    hook(f"{updater}.update_weights_from_tensor", door.refuse_tensors, "AROUND")
+    hook(f"{updater}.update_weights_from_disk", door.keep_weights, "AROUND")
 
 
 def hook_shutdown() -> None:
     """A server that is told to end answers what it has, and refuses the rest."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.requests import draining
 
     # The last that the host does before its app starts; a hook of what starts it would load the app in all processes.
     last = "sglang.srt.utils.common.set_uvicorn_logging_configs"
-    HookRegistry.register(last, draining.add_to_app, HookType.BEFORE)
+    hook(last, draining.add_to_app, "BEFORE")
     watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
-    HookRegistry.register(watchdog, draining.end_drained, HookType.AROUND)
+    hook(watchdog, draining.end_drained, "AROUND")
 
 
 def bound_stops() -> None:
     """Stop expressions are read, and looked for in answers, with a bound."""
     from sglang.srt.managers import schedule_batch
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_llada.host.requests import stops
 
-    HookRegistry.register("sglang.srt.sampling.sampling_params.get_max_seq_length", stops.read, HookType.AROUND)
+    hook("sglang.srt.sampling.sampling_params.get_max_seq_length", stops.read, "AROUND")
     check = "sglang.srt.managers.schedule_batch.Req._check_str_based_finish"
-    HookRegistry.register(check, stops.within_time, HookType.AROUND)
+    hook(check, stops.within_time, "AROUND")
     schedule_batch.re = stops.SEARCH  # a hook of re.search would be one of everybody's
 
 
 def hook_profiles() -> None:
     """A profile that cannot be recorded is an answer, and no end of the scheduler."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.engine import profiling
 
     recorder = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
-    HookRegistry.register(f"{recorder}._profile", profiling.on_request, HookType.AROUND)
-    HookRegistry.register(f"{recorder}._profile_batch_predicate", profiling.on_step, HookType.AROUND)
+    hook(f"{recorder}._profile", profiling.on_request, "AROUND")
+    hook(f"{recorder}._profile_batch_predicate", profiling.on_step, "AROUND")
     control = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin._execute_profile"
-    HookRegistry.register(control, profiling.answer, HookType.AROUND)
+    hook(control, profiling.answer, "AROUND")
 
 
 def widen_rows() -> None:
     """Rows of req_to_token have room for a last block that ends behind the context length."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.start.arguments import room_behind
 
     target = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
-    HookRegistry.register(target, room_behind, HookType.AFTER)
+    hook(target, room_behind, "AFTER")
 
 
 def replace_parsers() -> None:
     """Put parsers that take many tokens at once in the place of the host's, which read answers for its endpoints."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.requests.tools import PiecewiseCalls, PiecewiseThinking
 
     calls = "sglang.srt.function_call.function_call_parser.FunctionCallParser"
-    HookRegistry.register(calls, PiecewiseCalls, HookType.REPLACE)
-    HookRegistry.register("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, HookType.REPLACE)
+    hook(calls, PiecewiseCalls, "REPLACE")
+    hook("sglang.srt.parser.reasoning_parser.ReasoningParser", PiecewiseThinking, "REPLACE")
 
 
 def hook_grammars() -> None:
     """Tool calls whose grammar has an end."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.requests.grammar import bound_tags
 
     target = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_structural_tag"
-    HookRegistry.register(target, bound_tags, HookType.BEFORE)
+    hook(target, bound_tags, "BEFORE")
 
 
 def replace_adapters() -> None:
     """Put our manager of adapters (LoRA) in the place of the host's; only a process with a model makes one."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.models.adapters import RowAdapters
 
-    HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager", RowAdapters, HookType.REPLACE)
+    hook("sglang.srt.lora.lora_manager.LoRAManager", RowAdapters, "REPLACE")
 
 
 def hook_storage() -> None:
     """KV in files is that of certain weights."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.engine import storage
 
     file = "sglang.srt.mem_cache.hicache_storage.HiCacheFile._get_suffixed_key"
-    HookRegistry.register(file, storage.file_name, HookType.AROUND)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.flush_cache", storage.name_anew, HookType.AFTER)
+    hook(file, storage.file_name, "AROUND")
+    hook("sglang.srt.managers.scheduler.Scheduler.flush_cache", storage.name_anew, "AFTER")
     manager = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-    HookRegistry.register(f"{manager}.flush_cache_after_weight_update", storage.forget_weights, HookType.AROUND)
+    hook(f"{manager}.flush_cache_after_weight_update", storage.forget_weights, "AROUND")
 
 
 def replace_scheduler() -> None:
     """Put our scheduler class in the place of the host's, in every process that imports it from now on."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.engine.scheduler import LladaScheduler
 
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, HookType.REPLACE)
+    hook("sglang.srt.managers.scheduler.Scheduler", LladaScheduler, "REPLACE")
 
 
 def hook_graphs(replays: bool) -> None:
     """Capture whole steps; give attention buffers for rows. With `replays`, do so on the CPU too."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from sglang_llada.host.engine import graphs
 
     model_runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-    HookRegistry.register(f"{model_runner}._decode_cuda_graph_runner_cls", graphs.graph_runner_class, HookType.AFTER)
-    HookRegistry.register(f"{model_runner}.init_attention_backends", graphs.build_attention, HookType.AROUND)
+    hook(f"{model_runner}._decode_cuda_graph_runner_cls", graphs.graph_runner_class, "AFTER")
+    hook(f"{model_runner}.init_attention_backends", graphs.build_attention, "AROUND")
     if replays:
         from sglang_llada.host.cpu.platform import CpuPlatform
         from sglang_llada.host.replay.backend import ReplayBackend, capture_on_cpu
 
         CpuPlatform.graph_backend = ReplayBackend
         target = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_decode_graph"
-        HookRegistry.register(target, capture_on_cpu, HookType.AROUND)
+        hook(target, capture_on_cpu, "AROUND")

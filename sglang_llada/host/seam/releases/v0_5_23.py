@@ -374,6 +374,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.model_loader.utils:get_model_architecture", Kind.HOOK, "(model_config)",
          "registers our model class in the process that loads weights; the registry costs others seconds to import",
          LAZY_MODELS),
+    Seam("sglang.srt.model_loader.loader:_initialize_model", Kind.HOOK, "(model_config, load_config, quant_config)",
+         "makes a model whose weights are to be loaded, meanwhile kernels are compiled",
+         "the host lets a model prepare while its weights are loaded"),
+    Seam("sglang.srt.runtime_context:get_server_args", Kind.USE, "()",
+         "whether a model is ours, where nobody hands the arguments on", OWN_MODEL),
     Seam("sglang.srt.models.registry:_ModelRegistry.register", Kind.USE, "(self, package_name, overwrite, strict)",
          "puts our model class in the place of the host's", LAZY_MODELS),
     # Scheduler
