@@ -101,25 +101,29 @@ def kernels(device: Device, requests: list[dict[str, Any]]) -> tuple[set[str], s
     return launched, compiled
 
 
-def launched_elsewhere(folder: Path) -> tuple[set[str], set[str]]:
-    """kernels() of a checkpoint that inserts, on the first of two ranks, of which the second has nothing compiled."""
+def elsewhere(folder: Path) -> tuple[list[Event], tuple[set[str], set[str]]]:
+    """Of a checkpoint that inserts, with attention of the host's that plans, on the first of two ranks, of which the
+    second has nothing compiled: what happens in a step, and kernels()."""
     from sglang_llada.host.engine import compiling
     from sglang_llada.host.engine.executor import Executor
 
     device, requests = Device(VOCABULARY), begun()
-    flags = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "--disable-custom-all-reduce")
-    runner = runner_on(device, folder, 2, *flags)
+    flags = ("--attention-backend", "triton", "--cuda-graph-bs-decode", "1", "2", "4", "8")
+    runner = runner_on(device, folder, 2, *flags, "--disable-custom-all-reduce")
     with device.on(), torch.inference_mode():
         executor = Executor(runner, runner.decode_cuda_graph_runner.decider)
-        request = a_request(0, LONG, EDITING, INSERTING, sampling=SAMPLING)
-        step(executor, device, [request], PROMPT_ROWS + 1, replayed=False)
+        for _ in range(2):
+            few = [a_request(slot, [5, 6, 7], EDITING, INSERTING) for slot in range(7)]
+            events = step(executor, device, few, 7, replayed=True)
+        many = a_request(0, LONG, EDITING, INSERTING, sampling=SAMPLING)
+        step(executor, device, [many], PROMPT_ROWS + 1, replayed=False)
     os.environ[COMPILE_VARIABLE] = "0"
     assert not compiling.is_wanted()
     os.environ[COMPILE_VARIABLE] = "1"
     assert compiling.is_wanted()
     vars(compiling)["get_parallel"] = lambda: SimpleNamespace(tp_rank=1)
     assert not compiling.is_wanted()
-    return kernels(device, requests)
+    return events, kernels(device, requests)
 
 
 class Bias:
@@ -202,10 +206,25 @@ def with_a_device(task: Task, name: str, folder: Path) -> Any:
     return found
 
 
-def test_what_is_compiled_while_weights_are_loaded_is_what_is_launched(seen: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def seen_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], tuple[set[str], set[str]]]:
+    """What elsewhere() saw."""
+    found: tuple[Any, Any] = with_a_device(elsewhere, "LLaDA2.2-mini", tmp_path_factory.mktemp("mini2.2"))
+    return found
+
+
+def test_what_is_compiled_while_weights_are_loaded_is_what_is_launched(seen: Any, seen_elsewhere: Any) -> None:
     """No request waits for a compiler, whatever the number of its positions, and nothing is compiled in vain."""
-    for launched, compiled in (seen["kernels"], with_a_device(launched_elsewhere, "LLaDA2.2-mini", tmp_path)):
+    for launched, compiled in (seen["kernels"], seen_elsewhere[1]):
         assert launched == compiled
+
+
+def test_a_step_with_attention_that_plans_copies_and_waits_no_more(seen_elsewhere: Any) -> None:
+    """The plan, which is on the device, is made of rows that are unfolded there before the graph unfolds them again."""
+    events = seen_elsewhere[0]
+    assert [event.name for event in events if event.kind == COPY and event.name != "within"] == ["in", "out"]
+    assert not any(event.waits for event in events)
+    assert [event.name for event in events if event.kind == WAIT] == ["event"]
 
 
 def names(events: list[Event]) -> list[str]:

@@ -252,7 +252,7 @@ class Executor:
         batch = object.__new__(ForwardBatch)  # a copy; its constructor goes through a hundred fields
         vars(batch).update(vars(self.shapes[R]))
         slots, starts = written[:, self.layout.slot].copy(), written[:, self.layout.start].copy()
-        batch.written_rows, batch.rows = written, None
+        batch.written_rows, batch.packed, batch.rows = written, None, None
         batch.req_pool_indices_cpu, batch.seq_lens_cpu = torch.from_numpy(slots), torch.from_numpy(starts + T)
         batch.extend_prefix_lens_cpu = starts.tolist()
         batch.seq_lens_sum = int(starts.sum()) + R * T
@@ -282,8 +282,8 @@ class Executor:
         """The batch's rows on the device. Rows with a source are asked for before the forward, which replaces it."""
         if batch.rows is None:
             carries = bool((batch.written_rows[:, self.layout.source] >= 0).any())
-            packed = to_device(batch.written_rows, self.device)
-            batch.rows = unfold(packed, self.decider.last, self.req_to_token, self.layout, carries=carries)
+            batch.packed = to_device(batch.written_rows, self.device)
+            batch.rows = unfold(batch.packed, self.decider.last, self.req_to_token, self.layout, carries=carries)
         return batch.rows
 
     def _batch_of(self, rows: int) -> ForwardBatch:

@@ -47,6 +47,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
     """Captures and replays steps; a replay begins with `packed`, the numbers of its rows (rows.py)."""
 
     packed: Tensor
+    padding: Tensor  # idle rows, as many
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
         self.decider = Decider(model_runner)
@@ -68,6 +69,7 @@ class RowGraphRunner(DecodeCudaGraphRunner):
         """Called by the host's constructor, before the first size is captured."""
         self.idle = idle_row(self.decider)
         self.packed = torch.from_numpy(self.idle).repeat(self.max_bs, 1).to(self.device)
+        self.padding = self.packed.clone()
         super().capture()
 
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *labels: Any) -> None:
@@ -115,8 +117,12 @@ class RowGraphRunner(DecodeCudaGraphRunner):
             self._replay_graph_key = self._make_graph_key(size, variant_label=variant)
         else:
             super().load_batch(forward_batch, pp_proxy_tensors)
-        written = np.concatenate((forward_batch.written_rows, self.idle.repeat(self.bs - rows, 0)))
-        copy_to(self.packed[: self.bs], torch.from_numpy(written))
+        static = self.packed[: self.bs]
+        if forward_batch.packed is None:
+            written = np.concatenate((forward_batch.written_rows, self.idle.repeat(self.bs - rows, 0)))
+            copy_to(static, torch.from_numpy(written))
+        else:  # they have been unfolded on the device
+            torch.cat((forward_batch.packed, self.padding[rows : self.bs]), out=static)
 
 
 def idle_row(decide: Decider) -> Numbers:
