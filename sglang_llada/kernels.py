@@ -36,13 +36,14 @@ from sglang_llada import card as cards
 from sglang_llada.card import Card
 from sglang_llada.decode import select_triton
 from sglang_llada.decode.contract import Tokens
-from sglang_llada.decode.decide import decide
+from sglang_llada.decode.decide import decide as decide_step
 from sglang_llada.decode.head import Head
 from sglang_llada.decode.layout import layout_of
 from sglang_llada.decode.sampling import warm_up
 from sglang_llada.llada2 import attention_triton, rotary_triton, router_triton
 
 DEVICE = torch.device("cuda", 0)
+MANY = 1 << 15  # positions: more than any limit of few
 MOST_THREADS = 8  # the most kernels that are compiled at once
 KINDNESS = 10  # to what else runs, as nice(1) counts
 DIES_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
@@ -93,7 +94,7 @@ def route_blocks(*, experts: int, block_size: int, capacity: int, top_k: int, no
     router_triton.route_blocks(logits, bias, block_size, capacity, top_k, normalise)
 
 
-def decisions(
+def decide(
     *,
     block_size: int,
     tokens: list[int],
@@ -112,23 +113,24 @@ def decisions(
     record = layout_of(block_size, its).record
     head = Head(empty(rows, width, dtype=dtype), slots=rows, vocabulary=vocabulary, invariant=invariant)
     for most in select_triton.forms_for(head.weight.element_size(), cards.card_of(DEVICE)):
-        blocks = min(triton.cdiv(most, block_size), 1 << 10)
-        decide(
+        count = min(most, MANY)
+        blocks = triton.cdiv(count, block_size)
+        decide_step(
             empty(blocks * block_size, width, dtype=dtype),
             empty(blocks * block_size, dtype="int64"),
             empty(blocks, record.stop - record.start, dtype="int64"),
-            blocks * block_size,
+            count,
             head=head,
             block_size=block_size,
             tokens=its,
             exchange=None if ranks == 1 else lambda mine: [mine] * ranks,
-            drawing=blocks * block_size,
+            drawing=count,
         )
     warm_up(vocabulary, its.mask, DEVICE)
 
 
 LAUNCHES: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (attend, rotate, route, route_blocks, decisions)
+    each.__name__: each for each in (attend, rotate, route, route_blocks, decide)
 }
 
 

@@ -79,7 +79,7 @@ def test_a_launch_finds_what_was_compiled(capability: tuple[int, int], tmp_path:
 
 def test_it_ends_with_who_asked(tmp_path: Path) -> None:
     """Whose last word is what to compile; that takes seconds more."""
-    request = {"card": [(9, 0), 132], "launches": [("route", ROUTE), ("decisions", DECISIONS)]}
+    request = {"card": [(9, 0), 132], "launches": [("route", ROUTE), ("decide", DECISIONS)]}
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", ASK], env=env, cwd=ROOT, stdin=-1, stdout=-1, text=True) as asks:
         assert asks.stdin is not None and asks.stdout is not None

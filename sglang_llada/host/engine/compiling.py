@@ -84,7 +84,7 @@ def launches_of(model: LLaDA2MoeModelLM, model_config: Any) -> Launches:
         "invariant": head.invariant,
         "dtype": name_of(head.weight.dtype),
     }
-    return [*launches, ("decisions", deciding)]
+    return [*launches, ("decide", deciding)]
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -100,6 +100,7 @@ def begin(request: dict[str, Any]) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # it would take memory that the host is about to measure
         start_new_session=True,
     )
     Thread(target=tell, args=(process, json.dumps(request)), daemon=True, name="kernels").start()
