@@ -8,23 +8,25 @@ import threading
 import pytest
 
 from sglang_llada.host.engine import compiling
-from tests.test_compiling import ROUTE
+from tests.test_compiling import COMMAND
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(60)]
 
 
 @pytest.mark.parametrize(
-    ("launch", "level", "said"),
+    ("module", "level", "said"),
     [
-        ("route", "INFO", "kernels: 1 kernels, "),
-        ("no such", "WARNING", "kernels are compiled when they are first launched: compiling them before failed: Key"),
+        ("json.tool", "INFO", 'kernels: {\n    "card": ['),  # which says what it is told
+        ("no_such", "WARNING", "kernels are compiled when they are first launched: compiling them before failed: "),
     ],
 )
 def test_a_server_goes_on_and_says_how_it_ended(
-    launch: str, level: str, said: str, caplog: pytest.LogCaptureFixture
+    module: str, level: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert compiling.MODULE == COMMAND[-1]
+    monkeypatch.setattr(compiling, "MODULE", module)
     with caplog.at_level(logging.INFO, compiling.logger.name):
-        compiling.begin({"card": [(9, 0), 132], "launches": [(launch, ROUTE)]})
+        compiling.begin({"card": [(9, 0), 132], "launches": []})
         (waiting,) = [thread for thread in threading.enumerate() if thread.name == "kernels"]
         waiting.join()
     (record,) = caplog.records
