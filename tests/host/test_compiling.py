@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(60)]
 def test_a_server_goes_on_and_says_how_it_ended(
     module: str, level: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert compiling.MODULE == COMMAND[-1]
+    assert COMMAND[-1] == compiling.MODULE
     monkeypatch.setattr(compiling, "MODULE", module)
     with caplog.at_level(logging.INFO, compiling.logger.name):
         compiling.begin({"card": [(9, 0), 132], "launches": []})
