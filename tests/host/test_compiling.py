@@ -12,12 +12,14 @@ from tests.test_compiling import COMMAND
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(60)]
 
+FAILED = "kernels are compiled when they are first launched: compiling them before failed: "
+
 
 @pytest.mark.parametrize(
     ("module", "level", "said"),
     [
         ("json.tool", "INFO", 'kernels: {\n    "card": ['),  # which says what it is told
-        ("no_such", "WARNING", "kernels are compiled when they are first launched: compiling them before failed: "),
+        ("no_such", "WARNING", FAILED),
     ],
 )
 def test_a_server_goes_on_and_says_how_it_ended(
@@ -31,3 +33,13 @@ def test_a_server_goes_on_and_says_how_it_ended(
         waiting.join()
     (record,) = caplog.records
     assert record.levelname == level and record.getMessage().startswith(said)
+
+
+def test_a_server_goes_on_where_no_process_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = object()  # of which nothing can be read
+    monkeypatch.setattr(compiling, "is_wanted", lambda: True)
+    assert compiling.compile_beside(model, None) is model
+    (record,) = caplog.records
+    assert record.getMessage().startswith(FAILED)

@@ -37,8 +37,11 @@ Launches = list[tuple[str, dict[str, Any]]]
 def compile_beside(model: Any, model_config: Any, *_: Any, **__: Any) -> Any:
     """Have the kernels of a model compiled whose weights are to be loaded; `model` as it is."""
     if is_wanted():
-        card = card_of(torch.device("cuda", torch.cuda.current_device()))
-        begin({"card": card, "launches": launches_of(model, model_config)})
+        try:
+            card = card_of(torch.device("cuda", torch.cuda.current_device()))
+            begin({"card": card, "launches": launches_of(model, model_config)})
+        except Exception as error:  # a server can do without
+            tell_failure(f"{type(error).__name__}: {error}")
     return model
 
 
@@ -107,10 +110,14 @@ def begin(request: dict[str, Any]) -> None:
 
 
 def tell(process: subprocess.Popen[str], request: str) -> None:
-    """Wait for it; what it could not do is no fault of the server's."""
+    """Wait for it, and say how it ended."""
     said, wrong = process.communicate(request)
     if process.returncode == 0:
         logger.info("kernels: %s", said.strip())
     else:
-        why = wrong.strip().rpartition("\n")[2] or f"status {process.returncode}"
-        logger.warning("kernels are compiled when they are first launched: compiling them before failed: %s", why)
+        tell_failure(wrong.strip().rpartition("\n")[2] or f"status {process.returncode}")
+
+
+def tell_failure(why: str) -> None:
+    """What that means for the server."""
+    logger.warning("kernels are compiled when they are first launched: compiling them before failed: %s", why)
