@@ -312,7 +312,8 @@ def run_fold(
         )
 
 
-# Kernels.
+# Kernels. Numbers that vary from step to step are not specialised on: for those that are 1 or no multiple of 16 Triton
+# would compile anew, while requests wait.
 
 
 @triton.jit
