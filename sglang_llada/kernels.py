@@ -142,7 +142,7 @@ def empty(*shape: int, dtype: str) -> Tensor:
 # Without a device.
 
 
-class Target(DriverBase):  # type: ignore[misc]
+class Target(DriverBase):  # type: ignore[misc]  # Triton has no types
     """Triton's driver of a card that is not there, as far as compiling asks for one."""
 
     def __init__(self, card: Card) -> None:
